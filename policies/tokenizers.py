@@ -1,0 +1,94 @@
+"""The built-in byte tokenizer: 256 bytes and five special tokens, made in code, no file and no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .families import Family
+
+EOS, MASK, SYSTEM, USER, ASSISTANT = "<|eos|>", "<|mask|>", "<|system|>", "<|user|>", "<|assistant|>"
+
+BYTE_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ '<|assistant|>' }}{% generation %}{{ message['content'] + '<|eos|>' }}{% endgeneration %}"
+    "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+# LLaDA's prompt format (model card of GSAI-ML/LLaDA-8B-Instruct), written anew because the published template adds the
+# assistant header whatever add_generation_prompt says and has no generation markers.
+LLADA_TEMPLATE = (
+    "{{ '<|startoftext|>' }}"
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+
+
+def byte_symbols() -> list[str]:
+    """Return the printable stand-in of every byte, in byte order, as the ByteLevel pre-tokenizer uses them."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    symbols = {byte: chr(byte) for byte in printable}
+    others = (byte for byte in range(256) if byte not in symbols)
+    symbols.update({byte: chr(256 + order) for order, byte in enumerate(others)})
+    return [symbols[byte] for byte in range(256)]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the byte-level tokenizer: id = byte value, then eos 256, mask 257, system, user, assistant."""
+    vocabulary = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    specials = [EOS, MASK, SYSTEM, USER, ASSISTANT]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=EOS,
+        pad_token=EOS,
+        mask_token=MASK,
+        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+    tokenizer.chat_template = BYTE_TEMPLATE
+    return tokenizer
+
+
+def load_tokenizer(folder: Path, family: Family) -> PreTrainedTokenizerBase:
+    """Return the folder's own tokenizer (its files, never its code), left-padding, with a template of ours.
+
+    Folders without tokenizer files get the byte tokenizer when its special ids are the checkpoint's, so that tokens
+    are never silently read with a foreign vocabulary; ValueError otherwise.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        tokenizer = byte_tokenizer()
+        if tokenizer.mask_token_id != family.mask_token_id or len(tokenizer) > family.vocab_size:
+            raise ValueError(f"'{folder}' holds no tokenizer.json; copy the checkpoint's tokenizer files there.")
+        return tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.padding_side = "left"
+    if "<|start_header_id|>" in tokenizer.get_vocab():
+        tokenizer.chat_template = LLADA_TEMPLATE
+    return tokenizer
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Return the ids of a prompt: a string is one user turn, the assistant's turn is opened."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+
+
+def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of an assistant's turn, ended by EOS."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

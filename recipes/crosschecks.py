@@ -1,0 +1,270 @@
+"""What no single key can tell: choices that contradict each other, a task that lacks what a reward needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .registry import SLOTS, RecipeError
+from .schema import EvaluationSection, Recipe, SamplerSection, SftEvaluationSection, SftRecipe
+
+GROUP_ADVANTAGES = {"group_mean", "group_std", "leave_one_out"}
+POSITIONAL_SCORES = {"random", "left_to_right"}
+
+
+def check_recipe(recipe: Recipe | SftRecipe) -> None:
+    """Raise RecipeError at the first contradiction of a recipe whose sections and parts are valid by themselves."""
+    if isinstance(recipe, SftRecipe):
+        _check_sft(recipe)
+        return
+    _check_model(recipe.model)
+    _check_task(recipe.task, "task")
+    _check_rollout(recipe)
+    _check_objective(recipe)
+    _check_estimator(recipe)
+    _check_reference(recipe)
+    _check_optim(recipe.optim)
+    _check_evaluation(recipe.evaluation, recipe.rollout.canvas, "rollout.canvas")
+
+
+def check_world(recipe: Recipe | SftRecipe, ranks: int) -> None:
+    """Raise RecipeError when a batch cannot be shared evenly by `ranks` processes; called at launch."""
+    if ranks < 1:
+        raise RecipeError(f"nproc: {ranks} is no number of processes; use 1 or more.")
+    where, rows, what = (
+        ("sft.batch", recipe.sft.batch, "rows")
+        if isinstance(recipe, SftRecipe)
+        else ("rollout.prompts", recipe.rollout.prompts, "prompts (a group stays on one process)")
+    )
+    if rows % ranks:
+        raise RecipeError(
+            f"{where}: {rows} {what} cannot be shared evenly by {ranks} processes; "
+            f"use a multiple of {ranks}, for example {-(-rows // ranks) * ranks}."
+        )
+
+
+def check_data(recipe: Recipe | SftRecipe) -> dict[str, Any]:
+    """Build the task's splits and return one training row; no weights are read.
+
+    Raises RecipeError for missing, malformed or empty files, for a row without the columns that the rewards need, and
+    when a generated task has fewer held-out problems than `evaluation.problems`.
+    """
+    from ..rewards.building import build_rewards, check_columns
+
+    row: dict[str, Any] = {}
+    for where, choice, rewards in _tasks(recipe):
+        build = SLOTS["task"].build(choice, where)
+        row = build("train", seed=recipe.run.seed).row(0)
+        if "prompt" not in row:
+            raise RecipeError(f"{where}: the rows of '{choice['name']}' have no column 'prompt'; a task must give one.")
+        if isinstance(recipe, SftRecipe) and "reference" not in row:
+            raise RecipeError(f"{where}: the rows have no column 'reference'; supervised training needs worked solutions.")
+        check_columns(build_rewards(rewards), row)
+        # Drawing the last one proves that there are so many; a stored dataset with fewer is evaluated whole.
+        held = build("heldout", seed=recipe.run.seed)
+        held.row(min(recipe.evaluation.problems, held.size or recipe.evaluation.problems) - 1)
+    return row
+
+
+def notes(recipe: Recipe | SftRecipe) -> list[str]:
+    """Return what is allowed but probably not meant, one sentence each."""
+    found = [
+        f"{key} {value} exceeds optim.steps {recipe.optim.steps}, so it only happens at the end."
+        for key, value in (("run.save_every", recipe.run.save_every), ("evaluation.every", recipe.evaluation.every))
+        if value > recipe.optim.steps
+    ]
+    if isinstance(recipe, SftRecipe):
+        return found
+    objective, eos = recipe.objective, recipe.rollout.sampler.eos
+    if objective.beta == 0 and objective.reference not in ("auto", "none"):
+        found.append(f"objective.reference '{objective.reference}' is not used at beta 0.")
+    if objective.inner_steps > 1 and objective.surrogate["name"] == "importance":
+        found.append(f"surrogate 'importance' does not bound the ratio over {objective.inner_steps} inner steps.")
+    if objective.inner_steps == 1 and objective.old == "recompute" and objective.correction.name == "none":
+        found.append("old: recompute costs a forward a view; with one inner step the ratio it gives is 1 everywhere.")
+    if eos.suppress and eos.rule == "stop":
+        found.append("eos.rule 'stop' never applies while EOS is suppressed.")
+    if recipe.model.lora is not None and recipe.model.lora.dropout > 0:
+        found.append("model.lora.dropout above 0: rollouts run without it, so the first ratio differs from 1.")
+    return found
+
+
+def _tasks(recipe: Recipe | SftRecipe) -> Iterator[tuple[str, dict[str, Any], list[Any]]]:
+    """Yield (where, task choice, rewards) of every task."""
+    if isinstance(recipe, Recipe):
+        yield "task", recipe.task, [entry.model_dump() for entry in recipe.rewards]
+        return
+    for index, entry in enumerate(recipe.tasks):
+        yield f"tasks.{index}.task", entry.task, [entry.reward or {"name": entry.task["name"]}]
+
+
+def _check_model(model: Any) -> None:
+    if model.attention == "flash_attention_2" and (model.dtype == "float32" or model.device in ("cpu", "mps")):
+        raise RecipeError(
+            f"model.attention: flash_attention_2 needs a CUDA device and bfloat16, not {model.device} and {model.dtype}; "
+            "use sdpa or set model.dtype to bfloat16."
+        )
+
+
+def _check_task(choice: dict[str, Any], where: str) -> None:
+    if "seed" in choice:
+        raise RecipeError(f"{where}.seed: {choice['seed']} has no effect; the data follow run.seed.")
+
+
+def _check_rollout(recipe: Recipe) -> None:
+    rollout, advantage = recipe.rollout, recipe.objective.advantage["name"]
+    if rollout.temperature <= 0:
+        raise RecipeError(
+            f"rollout.temperature: {rollout.temperature:g} decodes greedily: rollouts of a group are equal and no "
+            "behaviour log-prob exists for the ratio; set it above 0 (evaluation.temperature may be 0)."
+        )
+    if rollout.group == 1 and advantage in GROUP_ADVANTAGES:
+        raise RecipeError(
+            f"rollout.group: 1 rollout has no group to compare with, but objective.advantage is '{advantage}'; "
+            "use 2 or more."
+        )
+    if all(entry.weight == 0 for entry in recipe.rewards):
+        raise RecipeError("rewards: every weight is 0, so nothing would be learnt; give one reward another weight.")
+    check_sampler(rollout.sampler, rollout.canvas, "rollout.sampler", "rollout.canvas")
+
+
+def check_sampler(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) -> None:
+    """Raise RecipeError when schedule, score and selection do not fit each other or the canvas."""
+    schedule, score, selection = sampler.schedule, sampler.score["name"], sampler.selection["name"]
+    steps = schedule.get("steps")
+    if steps is not None and steps > canvas:
+        raise RecipeError(
+            f"{where}.schedule.steps: {steps} exceeds {canvas_key} {canvas}, and a step decides at least one token; "
+            f"use at most {canvas}."
+        )
+    _probe(sampler, canvas, where, canvas_key)
+    if selection == "threshold" and score in POSITIONAL_SCORES:
+        raise RecipeError(
+            f"{where}.selection: threshold compares a probability, score '{score}' is none; "
+            "use score confidence, margin or entropy, or selection top."
+        )
+    if getattr(SLOTS["selection"].get(selection), "draws_first", False) and score != "confidence":
+        raise RecipeError(
+            f"{where}.selection: '{selection}' ranks by the drawn token's confidence and ignores score '{score}'; "
+            "use score confidence or selection top."
+        )
+
+
+def _probe(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) -> None:
+    """Call schedule and selection once on a blank canvas: parts check their own knobs when they are called."""
+    import torch
+
+    masked_BL = torch.ones(1, canvas, dtype=torch.bool)
+    try:
+        build = SLOTS["schedule"].build(sampler.schedule, "schedule")
+        quota = build(masked_BL, torch.zeros(1, dtype=torch.long), masked_BL.sum(1))
+        SLOTS["selection"].build(sampler.selection, "selection")(torch.zeros(1, canvas), quota)
+    except RecipeError as error:
+        raise RecipeError(f"{where}.{error} ({canvas_key}: {canvas})") from error
+
+
+def step_limit(sampler: SamplerSection, canvas: int) -> int:
+    """Return the most denoiser calls of one rollout: the schedule is run on a blank canvas, left to right."""
+    import torch
+
+    schedule = SLOTS["schedule"].build(sampler.schedule)
+    masked_BL = torch.ones(1, canvas, dtype=torch.bool)
+    steps = 0
+    while bool(masked_BL.any()):
+        quota = schedule(masked_BL, torch.tensor([steps]), torch.tensor([canvas]))
+        chosen = quota.window_BL[0].nonzero().squeeze(1)[: max(1, int(quota.count_B))]
+        masked_BL[0, chosen] = False
+        steps += 1
+    return steps
+
+
+def _check_objective(recipe: Recipe) -> None:
+    objective = recipe.objective
+    correction = objective.correction
+    if correction.name == "none" and correction.ceiling is not None:
+        raise RecipeError("objective.correction.ceiling: has no effect with correction 'none'; name it truncated.")
+    if correction.name != "none" and objective.old == "rollout":
+        raise RecipeError(
+            "objective.correction: compares recomputed log-probs with the rollout's, but objective.old is 'rollout', "
+            "so it is 1 everywhere; set objective.old to recompute, or correction to none."
+        )
+    _probe_surrogate(objective.surrogate)
+
+
+def _probe_surrogate(choice: dict[str, Any]) -> None:
+    import torch
+
+    try:
+        SLOTS["surrogate"].build(choice, "surrogate")(torch.zeros(1), torch.zeros(1))
+    except RecipeError as error:
+        raise RecipeError(f"objective.{error}") from error
+    for key in ("low", "high"):
+        value = choice.get(key)
+        if value is not None and (value <= 0 or (key == "low" and value >= 1)):
+            rule = "between 0 and 1" if key == "low" else "above 0"
+            raise RecipeError(f"objective.surrogate.{key}: {value} must lie {rule}; the ratio is clipped to 1 -+ it.")
+
+
+def _check_estimator(recipe: Recipe) -> None:
+    estimator, unit = recipe.objective.estimator, recipe.objective.unit["name"]
+    steps, k = estimator.get("steps"), estimator.get("k")
+    if steps == "uniform_k" and k is None:
+        raise RecipeError("objective.estimator.k: is missing; uniform_k needs the number of steps to draw, for example 8.")
+    if k is not None and steps != "uniform_k":
+        raise RecipeError(f"objective.estimator.k: {k} has no effect with steps '{steps}'; set steps to uniform_k.")
+    if k is not None and k < 1:
+        raise RecipeError(f"objective.estimator.k: {k} must be at least 1.")
+    if steps == "uniform_k" and unit == "rollout":
+        raise RecipeError(
+            "objective.unit: 'rollout' needs the ratio of the whole rollout, steps 'uniform_k' scores a part of it; "
+            "use unit step or token, or steps all."
+        )
+
+
+def _check_reference(recipe: Recipe) -> None:
+    objective, lora = recipe.objective, recipe.model.lora
+    if objective.beta > 0 and objective.reference == "none":
+        raise RecipeError(
+            f"objective.reference: 'none', but objective.beta {objective.beta:g} weighs a divergence to it; "
+            "set beta to 0, or reference to auto."
+        )
+    if objective.reference == "adapter_off" and lora is None:
+        raise RecipeError(
+            "objective.reference: adapter_off needs an adapter to switch off, model.lora is null; "
+            "use frozen_copy, or give model.lora a rank."
+        )
+
+
+def _check_optim(optim: Any) -> None:
+    if optim.warmup >= optim.steps and optim.warmup > 0:
+        raise RecipeError(f"optim.warmup: {optim.warmup} must be smaller than optim.steps {optim.steps}.")
+    for index, beta in enumerate(optim.betas):
+        if not 0 <= beta < 1:
+            raise RecipeError(f"optim.betas.{index}: {beta:g} must lie in [0, 1).")
+
+
+def _check_evaluation(evaluation: EvaluationSection | SftEvaluationSection, canvas: int, canvas_key: str) -> None:
+    if evaluation.sampler is not None:
+        check_sampler(evaluation.sampler, canvas, "evaluation.sampler", canvas_key)
+
+
+def _check_sft(recipe: SftRecipe) -> None:
+    from ..rewards import building  # noqa: F401 (importing registers the rewards)
+
+    model = recipe.model
+    if (model.path is None) == (model.init is None):
+        state = "neither is there" if model.path is None else "both are there"
+        raise RecipeError(f"model: needs exactly one of path (a checkpoint) and init (a new model); {state}.")
+    if model.init is not None and (model.init.hidden_size % model.init.heads or model.init.hidden_size // model.init.heads % 2):
+        raise RecipeError(
+            f"model.init.heads: {model.init.heads} heads do not divide hidden_size {model.init.hidden_size} into even parts."
+        )
+    _check_model(model)
+    _check_optim(recipe.optim)
+    for index, entry in enumerate(recipe.tasks):
+        _check_task(entry.task, f"tasks.{index}.task")
+        _check_evaluation(recipe.evaluation, entry.canvas, f"tasks.{index}.canvas")
+        if entry.reward is None and entry.task["name"] not in SLOTS["reward"]:
+            raise RecipeError(
+                f"tasks.{index}.reward: there is no reward called '{entry.task['name']}'; name the one that scores it."
+            )

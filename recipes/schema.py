@@ -1,0 +1,265 @@
+"""The recipe's typed sections: unknown keys forbidden, nothing coerced that would change its value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+@dataclass(frozen=True)
+class InSlot:
+    """Marks a field as a part of the slot called `slot`; `extra` names keys beside it that are not its knobs."""
+
+    slot: str
+    extra: tuple[str, ...] = ()
+
+
+def whole(value: Any) -> Any:
+    """Return 1000.0 as 1000 (YAML reads 1e3 as a float); everything else unchanged."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def named(value: Any) -> Any:
+    """Return the part `name` as `{"name": name}`; everything else unchanged."""
+    return {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else value
+
+
+def listed(value: Any) -> Any:
+    """Return one string as a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
+Int = Annotated[int, BeforeValidator(whole)]
+Part = Annotated[dict[str, Any], BeforeValidator(named)]
+Tracker = Literal["none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab", "comet_ml", "clearml"]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Section(BaseModel):
+    """Base of all sections."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=False)
+
+
+class LoraSection(Section):
+    """A low-rank adapter; without this section all weights are trained."""
+
+    rank: Int = Field(16, ge=1, description="rank of the adapter's two factors")
+    alpha: float = Field(0.0, ge=0, description="scale numerator (the update is alpha / rank); 0 means 2 x rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="adapter dropout; above 0 log-probs differ between passes")
+    targets: list[str] | None = Field(None, min_length=1, description="module names; null: the family's linear layers")
+
+    @model_validator(mode="after")
+    def _scale(self) -> LoraSection:
+        self.alpha = self.alpha or 2.0 * self.rank
+        return self
+
+
+class ModelSection(Section):
+    """The denoiser that is trained."""
+
+    path: str = Field(min_length=1, description="folder, hub id, or `unmask:tiny` (the shipped model)")
+    family: str | None = Field(None, description="checkpoint layout; null: recognised by config.json")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto: cuda if there is one")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(None, description="attention kernel; null: sdpa")
+    mask_token_id: Int | None = Field(None, ge=0, description="mask id; null: the one in config.json")
+    lora: LoraSection | None = Field(None, description="adapter; null trains all weights")
+
+
+class EosSection(Section):
+    """What an end-of-sequence token does to a rollout."""
+
+    rule: Literal["stop", "none"] = Field("stop", description="stop: a row ends with its first EOS; none: the canvas is filled")
+    suppress: bool = Field(False, description="EOS is never drawn, so every completion fills its canvas")
+
+
+class SamplerSection(Section):
+    """How a canvas is unmasked."""
+
+    schedule: Annotated[Part, InSlot("schedule")] = Field(description="which positions are open and how many to decide")
+    score: Annotated[Part, InSlot("score")] = Field({"name": "confidence"}, description="how open positions are ranked")
+    selection: Annotated[Part, InSlot("selection")] = Field({"name": "top"}, description="which of them are decided")
+    score_temperature: float = Field(1.0, gt=0, description="temperature of the distribution that scores see")
+    eos: EosSection = Field(default_factory=lambda: EosSection(), description="rules for end-of-sequence tokens")
+
+
+class RolloutSection(Section):
+    """One batch of rollouts."""
+
+    prompts: Int = Field(ge=1, description="problems a batch, all ranks together")
+    group: Int = Field(ge=1, description="rollouts of each problem")
+    canvas: Int = Field(ge=1, description="completion positions")
+    prompt_limit: Int = Field(256, ge=1, description="longest prompt in tokens; longer ones are refused")
+    temperature: float = Field(1.0, ge=0, description="temperature of the token draw")
+    micro_batch: Int = Field(64, ge=1, description="rows of one rollout forward")
+    sampler: SamplerSection = Field(description="how the canvas is unmasked")
+
+
+class RewardEntry(BaseModel):
+    """One reward: a part of slot `reward`, its weight, and its knobs beside them."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    name: str = Field(min_length=1, description="reward, or `package.module:function` with TRL's signature")
+    weight: float = Field(1.0, description="factor in the total; 0 logs the reward without training on it")
+
+
+class CorrectionSection(Section):
+    """Importance correction between the rollout's log-probs and the recomputed ones."""
+
+    name: Literal["none", "truncated"] = Field("none", description="truncated: weight min(old / rollout, ceiling)")
+    ceiling: float | None = Field(None, gt=0, description="largest weight; null: 2.0 when truncated")
+
+    @model_validator(mode="after")
+    def _ceiling(self) -> CorrectionSection:
+        if self.name == "truncated" and self.ceiling is None:
+            self.ceiling = 2.0
+        return self
+
+
+class ObjectiveSection(Section):
+    """The policy-gradient objective; `method` fills what is not written here."""
+
+    estimator: Annotated[Part, InSlot("estimator")] = Field(description="which views of a rollout are scored")
+    unit: Annotated[Part, InSlot("unit")] = Field(description="tokens that share one importance ratio")
+    bound: Literal["sum", "mean"] = Field("sum", description="how log-ratios combine inside a unit")
+    surrogate: Annotated[Part, InSlot("surrogate")] = Field(description="loss of a ratio and an advantage")
+    weight: Annotated[Part, InSlot("weight")] = Field(description="weight of each scored token")
+    advantage: Annotated[Part, InSlot("advantage")] = Field(description="from the rewards of a group to advantages")
+    divergence: Annotated[Part, InSlot("divergence")] = Field({"name": "k3"}, description="estimate of KL to the reference")
+    beta: float = Field(0.0, ge=0, description="weight of the divergence; 0 needs no reference")
+    reference: Literal["auto", "adapter_off", "frozen_copy", "none"] = Field(
+        "auto", description="auto: none at beta 0, else adapter_off with LoRA and frozen_copy without"
+    )
+    correction: Annotated[CorrectionSection, BeforeValidator(named)] = Field(
+        default_factory=lambda: CorrectionSection(), description="off-policy correction"
+    )
+    inner_steps: Int = Field(1, ge=1, description="optimizer steps on each batch of rollouts")
+    old: Literal["rollout", "recompute"] = Field("rollout", description="where the ratio's denominator comes from")
+    chunk: Int = Field(32, ge=1, description="views of one training forward")
+
+
+class OptimSection(Section):
+    """The optimizer and its schedule."""
+
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: hidden matrices by Muon, the rest by AdamW")
+    lr: float = Field(gt=0, description="peak learning rate")
+    matrix_lr: float = Field(0.02, gt=0, description="learning rate of the matrices that Muon steps")
+    steps: Int = Field(ge=1, description="optimizer steps of the run")
+    warmup: Int = Field(0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate after the warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay, matrices only")
+    betas: Annotated[tuple[float, float], Field(strict=False)] = Field((0.9, 0.99), description="AdamW's betas")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0: not clipped")
+
+
+class EvaluationSection(Section):
+    """Held-out evaluation."""
+
+    every: Int = Field(0, ge=0, description="optimizer steps between evaluations; 0: only before and after")
+    problems: Int = Field(512, ge=1, description="held-out problems")
+    temperature: float | None = Field(None, ge=0, description="temperature of the draw; null: the rollout's")
+    sampler: SamplerSection | None = Field(None, description="changes to the rollout's sampler; null: none")
+
+
+class RunSection(Section):
+    """Seeds, checkpoints and logs."""
+
+    seed: Int = Field(0, ge=0, description="seed of data, rollouts and initialisation")
+    directory: str = Field("runs", min_length=1, description="folder that holds the run's folder")
+    save_every: Int = Field(0, ge=0, description="optimizer steps between checkpoints; 0: only at the end")
+    keep: Int = Field(2, ge=1, description="checkpoints kept on disk")
+    report_to: Annotated[list[Tracker], BeforeValidator(listed)] = Field(
+        default_factory=lambda: ["none"], description="trackers besides metrics.jsonl"
+    )
+    log_rollouts_every: Int = Field(10, ge=0, description="batches between stored rollouts (parquet); 0: never")
+
+
+class Recipe(Section):
+    """One reinforcement-learning run."""
+
+    kind: Literal["rl"] = Field("rl", description="rl here; sft for the supervised stage")
+    name: RunName = Field(description="name of the run and of its folder")
+    model: ModelSection = Field(description="the denoiser")
+    task: Annotated[Part, InSlot("task")] = Field(description="problems")
+    rollout: RolloutSection = Field(description="one batch of rollouts")
+    rewards: list[Annotated[RewardEntry, InSlot("reward", ("weight",)), BeforeValidator(named)]] = Field(
+        min_length=1, description="rewards and their weights"
+    )
+    method: str | None = Field(None, description="row of methods.yaml that fills `objective` (unmask methods)")
+    objective: ObjectiveSection = Field(description="the objective; wins over the method's row")
+    optim: OptimSection = Field(description="optimizer")
+    evaluation: EvaluationSection = Field(default_factory=lambda: EvaluationSection(), description="held-out evaluation")
+    run: RunSection = Field(default_factory=lambda: RunSection(), description="seeds, checkpoints, logs")
+
+
+class InitSection(Section):
+    """A new model in LLaDA's shape with the byte tokenizer."""
+
+    hidden_size: Int = Field(ge=2, description="width of the residual stream")
+    layers: Int = Field(ge=1, description="transformer blocks")
+    heads: Int = Field(ge=1, description="attention heads")
+    mlp: Int = Field(ge=1, description="inner width of the MLP")
+    max_length: Int = Field(512, ge=8, description="longest prompt and completion together")
+    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary embedding")
+
+
+class SftModelSection(Section):
+    """The denoiser of the supervised stage: a checkpoint, or a new model."""
+
+    path: str | None = Field(None, min_length=1, description="folder, hub id or `unmask:tiny`; null with `init`")
+    init: InitSection | None = Field(None, description="sizes of a new model; null with `path`")
+    family: str | None = Field(None, description="checkpoint layout; null: recognised by config.json")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto: cuda if there is one")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(None, description="attention kernel; null: sdpa")
+    mask_token_id: Int | None = Field(None, ge=0, description="mask id; null: the one in config.json")
+
+
+class SftTask(Section):
+    """One task of the mixture."""
+
+    task: Annotated[Part, InSlot("task")] = Field(description="problems with worked references")
+    canvas: Int = Field(ge=1, description="completion positions of a full canvas")
+    weight: float = Field(1.0, gt=0, description="share of the batches")
+    reward: Annotated[Part, InSlot("reward")] | None = Field(
+        None, description="what scores held-out completions; null: the reward with the task's name"
+    )
+
+
+class SftSection(Section):
+    """The masked-diffusion cross-entropy."""
+
+    batch: Int = Field(64, ge=1, description="rows an optimizer step, all ranks together")
+    mask: Literal["exact", "bernoulli"] = Field("exact", description="exact: k ~ U{1..L} hidden; bernoulli: each with t")
+    full_canvas: float = Field(0.3, ge=0, le=1, description="share of batches padded to the whole canvas with EOS")
+
+
+class SftEvaluationSection(Section):
+    """Held-out evaluation of each task."""
+
+    every: Int = Field(0, ge=0, description="optimizer steps between evaluations; 0: only after")
+    problems: Int = Field(256, ge=1, description="held-out problems of each task")
+    temperature: float = Field(0.0, ge=0, description="temperature of the draw; 0: the likeliest token")
+    sampler: SamplerSection = Field(
+        default_factory=lambda: SamplerSection(schedule={"name": "blocks", "size": 16, "per_step": 1}),
+        description="sampler of the evaluation (default: blocks of 16, one token a step)",
+    )
+
+
+class SftRecipe(Section):
+    """One supervised run."""
+
+    kind: Literal["sft"] = Field(description="sft: the supervised stage")
+    name: RunName = Field(description="name of the run and of its folder")
+    model: SftModelSection = Field(description="the denoiser")
+    tasks: list[SftTask] = Field(min_length=1, description="mixture of tasks")
+    sft: SftSection = Field(default_factory=lambda: SftSection(), description="loss and batches")
+    optim: OptimSection = Field(description="optimizer")
+    evaluation: SftEvaluationSection = Field(
+        default_factory=lambda: SftEvaluationSection(), description="held-out evaluation"
+    )
+    run: RunSection = Field(default_factory=lambda: RunSection(), description="seeds, checkpoints, logs")

@@ -1,0 +1,182 @@
+"""From the recipe's list of rewards to callables, and the check of dataset columns before the first rollout."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..recipes.registry import SLOTS, RecipeError, coerce, nearest
+from .verdicts import RewardError, RewardFunction
+
+TEXT_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
+TRL_ARGUMENTS = TEXT_ARGUMENTS | {"trainer_state", "log_extra", "log_metric"}
+UNPASSED_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function (TRL's signature, sync or async), its name in metrics, and its weight in the total."""
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
+            raise RecipeError(f"rewards.{self.name}.weight: {self.weight!r} is not a finite number.")
+        if not callable(self.function):
+            raise RecipeError(f"rewards.{self.name}: {self.function!r} is not callable; pass a reward function.")
+
+
+def build_rewards(section: Sequence[Any], where: str = "rewards") -> list[Reward]:
+    """Return the rewards of a recipe's list; each entry is a name, a mapping, a callable or a Reward.
+
+    `{name: ..., weight: 1.0, knob: ...}`. A name registered in slot "reward" is a factory: it is called with the
+    knobs and returns the reward function. `package.module:function` is a reward function as TRL takes it; knobs are
+    bound to its named parameters. One that takes none of TRL's prompts, completions and completion_ids and no
+    `**kwargs` cannot be a reward function: it is taken for a factory, as `trl.rewards:get_soft_overlong_punishment`.
+    Repeated names get a suffix (`answer_format_2`). Raises RecipeError.
+    """
+    if isinstance(section, str | Mapping) or not isinstance(section, Sequence):
+        raise RecipeError(f"{where}: {section!r:.80} is not a list; write `{where}: [{{name: ..., weight: 1.0}}]`.")
+    rewards: list[Reward] = []
+    for index, entry in enumerate(section):
+        reward = _build(entry, f"{where}[{index}]")
+        taken, name, count = {other.name for other in rewards}, reward.name, 1
+        while name in taken:
+            count += 1
+            name = f"{reward.name}_{count}"
+        rewards.append(Reward(name, reward.function, reward.weight))
+    if not rewards:
+        raise RecipeError(f"{where}: the list is empty; a run needs a reward.{nearest('', list(SLOTS['reward']))}")
+    if all(reward.weight == 0 for reward in rewards):
+        raise RecipeError(f"{where}: every weight is 0, so nothing would be learnt; give one reward another weight.")
+    return rewards
+
+
+def _build(entry: Any, where: str) -> Reward:
+    if isinstance(entry, Reward):
+        return entry
+    if callable(entry):
+        return Reward(callable_name(entry), entry)
+    if isinstance(entry, str):
+        entry = {"name": entry}
+    if not isinstance(entry, Mapping) or "name" not in entry:
+        raise RecipeError(f"{where}: {entry!r:.80} names no reward; write `name` or `{{name: ..., weight: 1.0}}`.")
+    choice = {key: value for key, value in entry.items() if key != "weight"}
+    weight = coerce(entry.get("weight", 1.0), float, f"{where}.weight")
+    name = choice["name"]
+    if isinstance(name, str) and ":" in name:
+        function = _from_path(choice, where)
+        return Reward(name.rpartition(":")[2], function, weight)
+    factory = SLOTS["reward"].build(choice, where)
+    return Reward(name, factory(), weight)
+
+
+def _from_path(choice: Mapping[str, Any], where: str) -> RewardFunction:
+    """Import `package.module:function`, bind its knobs, and call it first if it is a factory."""
+    path = choice["name"]
+    try:
+        function = SLOTS["reward"].get(path)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+    except Exception as error:
+        raise RecipeError(f"{where}: importing '{path}' raised {type(error).__name__}: {error}.") from error
+    if not callable(function):
+        raise RecipeError(f"{where}: '{path}' is not callable; name a reward function.")
+    factory = is_factory(function)
+    knobs = _check_knobs(function, choice, where, required=factory)
+    if not factory:
+        return functools.partial(function, **knobs) if knobs else function
+    try:
+        made = function(**knobs)
+    except Exception as error:
+        raise RecipeError(f"{where}: '{path}' refused its knobs {knobs}: {error}") from error
+    if not callable(made):
+        raise RecipeError(
+            f"{where}: '{path}' returned {made!r:.80}; a reward function takes `completions`, a factory returns one."
+        )
+    return made
+
+
+def _check_knobs(function: RewardFunction, choice: Mapping[str, Any], where: str, *, required: bool) -> dict[str, Any]:
+    allowed = {name: p for name, p in _named(function).items() if name not in TRL_ARGUMENTS}
+    knobs = {}
+    for key, value in choice.items():
+        if key == "name":
+            continue
+        if key not in allowed:
+            hint = nearest(key, list(allowed)) or " It has no knobs."
+            raise RecipeError(f"{where}: '{choice['name']}' has no parameter '{key}'.{hint}")
+        annotation = allowed[key].annotation
+        # An annotation that is still text could not be resolved; the function then sees the recipe's value as it is.
+        knobs[key] = value if isinstance(annotation, str) else coerce(value, annotation, f"{where}.{key}")
+    missing = [name for name, p in allowed.items() if p.default is p.empty and name not in knobs]
+    if required and missing:
+        raise RecipeError(f"{where}: '{choice['name']}' needs the parameter '{missing[0]}'.")
+    return knobs
+
+
+def callable_name(function: Callable[..., Any]) -> str:
+    """Return the name of a function, of the function inside a partial, or of a callable object's class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def is_factory(function: RewardFunction) -> bool:
+    """Tell whether `function` cannot take what TRL passes to a reward function, so that it must return one."""
+    return not takes_everything(function) and not TEXT_ARGUMENTS & _named(function).keys()
+
+
+def takes_everything(function: RewardFunction) -> bool:
+    """Tell whether `function` has `**kwargs`, or hides its signature."""
+    parameters = _parameters(function)
+    return parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _named(function: RewardFunction) -> dict[str, inspect.Parameter]:
+    parameters = (_parameters(function) or {}).values()
+    return {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter] | None:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+    try:
+        return inspect.signature(function, eval_str=True).parameters
+    except Exception:  # annotations are any expression; those that do not resolve stay text
+        return parameters
+
+
+def accepted_arguments(function: RewardFunction, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `arguments` that `function` takes; a knob bound by a partial wins over a column of its name."""
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    names = set(arguments) if takes_everything(function) else _named(function).keys()
+    return {name: value for name, value in arguments.items() if name in names and name not in bound}
+
+
+def check_columns(rewards: Sequence[Reward], row: Mapping[str, Any]) -> None:
+    """Raise RewardError when `row`, a row of the dataset, lacks a column that a reward needs.
+
+    A reward needs its named parameters without default that are none of TRL's own arguments. Needs no rollout.
+    """
+    clash = sorted(set(row) & (TRL_ARGUMENTS - UNPASSED_COLUMNS))
+    if clash:
+        raise RewardError(f"rewards: the dataset's column '{clash[0]}' has the name of an argument; rename the column.")
+    columns = [name for name in row if name not in UNPASSED_COLUMNS]
+    for reward in rewards:
+        for name, parameter in _named(reward.function).items():
+            if name in TRL_ARGUMENTS or name in columns or parameter.default is not parameter.empty:
+                continue
+            hint = nearest(name, columns) or " It has no column besides the prompt."
+            raise RewardError(
+                f"reward '{reward.name}' needs the column '{name}', which the dataset lacks; add it, or drop the "
+                f"reward.{hint}"
+            )

@@ -1,0 +1,65 @@
+"""Rewards for numeric answers."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from numbers import Real
+from typing import Any
+
+from ..recipes.registry import SLOTS
+from .formatting import Extract, extract_answer
+from .verdicts import LogExtra, RewardFunction, Verdict, column_error, report, text_of
+
+MAX_CHARACTERS = 64
+_NUMBER = re.compile(r"([-+]?)\$?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)\.?")
+
+
+def parse_number(text: str) -> Fraction | None:
+    """Return the decimal number that is all of `text` (`-3`, `1,250`, `$18`, `0.50`, `7.`) exactly; None otherwise."""
+    match = _NUMBER.fullmatch(text.strip()) if len(text) <= MAX_CHARACTERS else None
+    if match is None:
+        return None
+    magnitude = Fraction(match.group(2).replace(",", ""))
+    return -magnitude if match.group(1) == "-" else magnitude
+
+
+@SLOTS["reward"].register
+def arithmetic(*, extract: Extract = "hash") -> RewardFunction:
+    """1 for an answer equal to the number in column `answer`, compared as exact decimals, 0 otherwise.
+
+    `extract` says where the answer stands. Outcomes: ok, wrong, unparsable (no answer, or not a number).
+    """
+
+    def arithmetic_reward(
+        completions: list[Any], answer: list[Any], log_extra: LogExtra | None = None, **_: Any
+    ) -> list[float | None]:
+        rows = zip(completions, answer, strict=True)
+        return report([judge_arithmetic(text_of(text), gold, extract) for text, gold in rows], log_extra)
+
+    return arithmetic_reward
+
+
+def judge_arithmetic(text: str, gold: Any, extract: Extract = "hash") -> Verdict:
+    """Judge one completion; raises RewardError when the row's `answer` is not a number."""
+    if gold is None:
+        return Verdict()
+    wanted = _gold(gold)
+    if wanted is None:
+        raise column_error("arithmetic", "answer", gold, "which is not a number")
+    answer = extract_answer(text, extract)
+    found = None if answer is None else parse_number(answer)
+    if found is None:
+        return Verdict(0.0, "unparsable", answer)
+    return Verdict(1.0, "ok", answer) if found == wanted else Verdict(0.0, "wrong", answer)
+
+
+def _gold(value: Any) -> Fraction | None:
+    if isinstance(value, str):
+        return parse_number(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        return Fraction(str(value))  # through its decimal text: the float 0.1 means one tenth
+    except ValueError:
+        return None

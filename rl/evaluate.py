@@ -1,0 +1,98 @@
+"""Held-out evaluation: exact rate with its standard error, NFE and speed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ..recipes.tasks import Row, Rows
+from ..rollouts.worker import RolloutBatch, RolloutWorker
+from .distributed import gather_objects, rank, world_size
+
+EVALUATION_STEP = -1  # a step no training batch has: evaluation noise is the same before, during and after training
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on `n` held-out problems; `exact` is the share with outcome ok, `stderr` its standard error."""
+
+    n: int
+    exact: float
+    stderr: float
+    reward: float
+    nfe: float
+    length: float
+    tokens_per_s: float
+    wall_s: float
+    outcomes: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        return asdict(self)
+
+
+def heldout_rows(rows: Rows, problems: int) -> list[Row]:
+    """Return the first `problems` held-out rows, all of them when a stored dataset has fewer."""
+    count = problems if rows.size is None else min(problems, rows.size)
+    return [rows.row(index) for index in range(count)]
+
+
+def evaluate(
+    worker: RolloutWorker,
+    rows: Sequence[Row],
+    *,
+    progress: Callable[[int], None] | None = None,
+    keep: list[RolloutBatch] | None = None,
+) -> Evaluation:
+    """Roll out one completion a row and return the Evaluation; rows are shared among the ranks.
+
+    `progress` is told how many rows have just been finished; batches are appended to `keep`.
+    """
+    worker = replace(worker, group=1)
+    started = time.perf_counter()
+    training = worker.denoiser.model.training if hasattr(worker.denoiser, "model") else False
+    if training:
+        worker.denoiser.model.eval()
+    outcomes: list[str] = []
+    rewards: list[float] = []
+    steps: list[int] = []
+    tokens = 0
+    mine = range(rank() * worker.micro_batch, len(rows), world_size() * worker.micro_batch)
+    for start in mine:
+        chunk = list(rows[start : start + worker.micro_batch])
+        batch = worker.collect(chunk, step=EVALUATION_STEP, first_id=start)
+        outcomes += batch.rewards.outcome
+        rewards += torch.nan_to_num(batch.rewards.total_B, nan=0.0).tolist()
+        steps += batch.trajectory.steps_B.tolist()
+        tokens += sum(map(len, batch.completion_ids))
+        if keep is not None:
+            keep.append(batch)
+        if progress is not None:
+            progress(len(chunk))
+    if training:
+        worker.denoiser.model.train()
+    gathered = gather_objects((outcomes, rewards, steps, tokens))
+    seconds = time.perf_counter() - started
+    outcomes = [value for part in gathered for value in part[0]]
+    rewards = [value for part in gathered for value in part[1]]
+    steps = [value for part in gathered for value in part[2]]
+    tokens = sum(part[3] for part in gathered)
+    n = len(outcomes)
+    exact = sum(outcome == "ok" for outcome in outcomes) / n
+    return Evaluation(
+        n=n,
+        exact=exact,
+        stderr=math.sqrt(exact * (1 - exact) / n),
+        reward=sum(rewards) / n,
+        nfe=sum(steps) / n,
+        length=tokens / n,
+        tokens_per_s=tokens / seconds,
+        wall_s=seconds,
+        outcomes=dict(Counter(outcomes)),
+    )

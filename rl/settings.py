@@ -1,0 +1,22 @@
+"""Small translations from a recipe's sections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import yaml
+
+
+def device_of(name: str) -> str:
+    """Return a torch device name; `auto` is cuda, then mps, when there is one."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "cpu"
+
+
+def dump(recipe: Any) -> str:
+    """Return a recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

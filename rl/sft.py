@@ -1,0 +1,147 @@
+"""The supervised stage: masked-diffusion cross-entropy on prompts and worked solutions."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from ..policies.denoiser import Denoiser
+from ..policies.tokenizers import completion_ids, prompt_ids
+from ..recipes.tasks import Rows
+from ..rollouts.noise import generator
+from .distributed import reduce_gradients
+from .optimizers import build_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One task of a mixture: its rows, its share of the batches, and the canvas its completions are padded to."""
+
+    name: str
+    rows: Rows
+    weight: float
+    canvas: int
+
+
+def corrupt(canvas_BL: Tensor, *, mask_token_id: int, rng: torch.Generator, mask: str = "exact") -> tuple[Tensor, Tensor]:
+    """Return (masked_BL, weight_BL): which tokens are hidden, and 1/t on those.
+
+    `bernoulli`: t ~ U(0,1) a row, every token hidden with probability t (LLaDA, Nie et al. 2025, eq. 3). `exact`: k ~
+    U{1..L} a row, exactly k hidden, weight L/k: the same expectation with far less variance. Levels are stratified over
+    the batch in both.
+    """
+    rows, length = canvas_BL.shape
+    level_B = (torch.rand((), generator=rng) + torch.arange(rows) / rows) % 1.0
+    noise_BL = torch.rand(rows, length, generator=rng)
+    if mask == "exact":
+        count_B = 1 + (level_B * length).floor().clamp(max=length - 1)
+        masked_BL = noise_BL.argsort(dim=1).argsort(dim=1) < count_B[:, None]
+        weight_B = length / count_B
+    else:
+        level_B = level_B.clamp(min=1e-3)
+        masked_BL = noise_BL < level_B[:, None]
+        weight_B = 1.0 / level_B
+    return masked_BL, weight_B[:, None] * masked_BL
+
+
+class SftBatches(Dataset):
+    """Batch `index` of a mixture, the same in every process and after a resume: one task a batch, corrupted already."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        mask_token_id: int,
+        batch: int,
+        steps: int,
+        seed: int,
+        mask: str = "exact",
+        full_canvas: float = 0.3,
+    ) -> None:
+        self.sources, self.tokenizer, self.mask_token_id = list(sources), tokenizer, mask_token_id
+        self.batch, self.steps, self.seed, self.mask, self.full_canvas = batch, steps, seed, mask, full_canvas
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rng = random.Random(f"sft/{self.seed}/{index}")
+        source = rng.choices(self.sources, [s.weight for s in self.sources])[0]
+        rows = [source.rows.row(index * self.batch + offset) for offset in range(self.batch)]
+        # Short canvases are cheaper, full ones teach where EOS padding goes; the model must know both.
+        canvas = source.canvas if rng.random() < self.full_canvas else None
+        return self.collate(rows, canvas, index)
+
+    def collate(self, rows: Sequence[dict[str, Any]], canvas: int | None, index: int) -> dict[str, Tensor]:
+        """Return left-padded prompts and EOS-padded completions of `rows`, with `index`'s corruption."""
+        prompts = [prompt_ids(self.tokenizer, row["prompt"]) for row in rows]
+        replies = [completion_ids(self.tokenizer, row["reference"]) for row in rows]
+        width, length = max(map(len, prompts)), max(map(len, replies))
+        if canvas is not None and length > canvas:
+            raise ValueError(f"sft: a completion has {length} tokens, the canvas {canvas}; raise tasks[].canvas.")
+        length = canvas or length
+        eos = self.tokenizer.eos_token_id
+        ids = torch.tensor(
+            [[eos] * (width - len(p)) + p + r + [eos] * (length - len(r)) for p, r in zip(prompts, replies, strict=True)]
+        )
+        padding_mask = torch.arange(width + length) >= torch.tensor([[width - len(p)] for p in prompts])
+        target_BL = ids[:, width:]
+        rng = generator(self.seed, "sft-mask", index)
+        masked_BL, weight_BL = corrupt(target_BL, mask_token_id=self.mask_token_id, rng=rng, mask=self.mask)
+        scored_BT = torch.zeros_like(padding_mask)
+        scored_BT[:, width:] = masked_BL
+        return {
+            "input_ids": ids.masked_fill(scored_BT, self.mask_token_id),
+            "padding_mask": padding_mask,
+            "scored": scored_BT,
+            "target": target_BL[masked_BL],
+            # Mean over rows of (1/L) sum 1/t CE, an upper bound of the negative log-likelihood a token.
+            "weight": weight_BL[masked_BL] / (len(rows) * length),
+        }
+
+
+def only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Unwrap the DataLoader's list: a dataset item is a whole batch already."""
+    (item,) = items
+    return item
+
+
+class SftTrainer(Trainer):
+    """transformers.Trainer with the masked-diffusion loss and our optimizers; everything else is the Trainer's."""
+
+    def __init__(self, denoiser: Denoiser, *, optim: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(model=denoiser.model, data_collator=only_item, **kwargs)
+        self.denoiser, self.optim = denoiser, optim
+        self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build the recipe's optimizer once."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.denoiser.model.named_parameters(), **self.optim)
+        return self.optimizer
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Return the batch's weighted cross-entropy on hidden tokens, in nats a token."""
+        logits_KV = self.denoiser.logits(
+            inputs["input_ids"], padding_mask_BT=inputs["padding_mask"], positions_BT=inputs["scored"]
+        )
+        loss = (F.cross_entropy(logits_KV, inputs["target"], reduction="none") * inputs["weight"]).sum()
+        return (loss, logits_KV) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Compute one batch's gradient and average it over ranks."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        reduce_gradients(self.denoiser.model.parameters(), average=True)
+        return loss

@@ -1,0 +1,167 @@
+"""`unmask sft`: from a recipe to a trained denoiser folder, with held-out results and a manifest beside the weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from ..policies.denoiser import Denoiser, load_denoiser, new_denoiser
+from ..recipes.registry import SLOTS, RecipeError
+from ..recipes.schema import SftRecipe
+from ..rewards import build_rewards, score
+from ..rollouts.sampler import build_sampler
+from ..rollouts.worker import RolloutWorker
+from .distributed import rank, world_size
+from .evaluate import Evaluation, evaluate, heldout_rows
+from .runfolder import manifest, run_folder, write_atomically, write_json
+from .sft import SftBatches, SftTrainer, Source
+from .settings import device_of, dump
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(recipe: SftRecipe) -> Denoiser:
+    """Return the recipe's new or loaded denoiser."""
+    section = recipe.model
+    device = device_of(section.device)
+    if section.init is not None:
+        denoiser = new_denoiser(**section.init.model_dump(), seed=recipe.run.seed)
+        denoiser.model.to(device)
+        return denoiser
+    assert section.path is not None
+    return load_denoiser(
+        section.path,
+        dtype=section.dtype,
+        device=device,
+        family=section.family,
+        attention=section.attention,
+        mask_token_id=section.mask_token_id,
+    )
+
+
+def sources(recipe: SftRecipe) -> list[Source]:
+    """Return the recipe's training tasks."""
+    return [
+        Source(
+            name=entry.task["name"],
+            rows=SLOTS["task"].build(entry.task)("train", seed=recipe.run.seed),
+            weight=entry.weight,
+            canvas=entry.canvas,
+        )
+        for entry in recipe.tasks
+    ]
+
+
+def evaluate_tasks(recipe: SftRecipe, denoiser: Denoiser, problems: int) -> dict[str, Evaluation]:
+    """Return held-out results by task at the recipe's evaluation decoding."""
+    sampler = build_sampler(recipe.evaluation.sampler.model_dump(), temperature=recipe.evaluation.temperature)
+    results = {}
+    for entry in recipe.tasks:
+        rewards = build_rewards([entry.reward or {"name": entry.task["name"]}])
+        rows = heldout_rows(SLOTS["task"].build(entry.task)("heldout", seed=0), problems)
+        worker = RolloutWorker(
+            denoiser=denoiser,
+            tokenizer=denoiser.tokenizer,
+            sampler=sampler,
+            scorer=lambda *batch, rewards=rewards: score(rewards, *batch),
+            group=1,
+            canvas=entry.canvas,
+            prompt_limit=10**6,
+            seed=0,
+        )
+        results[entry.task["name"]] = evaluate(worker, rows)
+    return results
+
+
+class EvaluationCallback(TrainerCallback):
+    """Evaluates every `evaluation.every` steps and logs `eval/TASK/exact`."""
+
+    def __init__(self, recipe: SftRecipe, denoiser: Denoiser) -> None:
+        self.recipe, self.denoiser = recipe, denoiser
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Run the evaluation when it is due."""
+        every = self.recipe.evaluation.every
+        if every and state.global_step % every == 0 and state.global_step < state.max_steps:
+            results = evaluate_tasks(self.recipe, self.denoiser, min(64, self.recipe.evaluation.problems))
+            for name, result in results.items():
+                logger.info("step %d: %s exact %.3f (n=%d)", state.global_step, name, result.exact, result.n)
+
+
+def training_arguments(recipe: SftRecipe, folder: Path) -> TrainingArguments:
+    """Return the Trainer's arguments for a recipe's `optim` and `run` sections."""
+    optim = recipe.optim
+    schedule = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}[optim.schedule]
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=optim.steps,
+        per_device_train_batch_size=1,
+        learning_rate=optim.lr,
+        lr_scheduler_type=schedule,
+        warmup_steps=optim.warmup,
+        max_grad_norm=optim.max_grad_norm,
+        logging_steps=max(1, min(50, optim.steps // 20)),
+        save_strategy="steps" if recipe.run.save_every else "no",
+        save_steps=recipe.run.save_every or 500,
+        save_total_limit=recipe.run.keep,
+        report_to=list(recipe.run.report_to),
+        remove_unused_columns=False,
+        seed=recipe.run.seed,
+        data_seed=recipe.run.seed,
+        use_cpu=device_of(recipe.model.device) == "cpu",
+        ddp_backend="gloo" if device_of(recipe.model.device) == "cpu" else None,
+        dataloader_pin_memory=False,
+    )
+
+
+def sft(recipe: SftRecipe, *, resume: str | None = None) -> dict[str, Any]:
+    """Train, evaluate and save a recipe's denoiser; return the summary that `summary.json` holds."""
+    folder = run_folder(recipe)
+    if recipe.sft.batch % world_size():
+        raise RecipeError(f"sft.batch: {recipe.sft.batch} does not divide among {world_size()} ranks.")
+    denoiser = build_model(recipe)
+    arguments = training_arguments(recipe, folder)
+    if rank() == 0:
+        write_atomically(folder / "recipe.yaml", dump(recipe))
+    trainer = SftTrainer(
+        denoiser,
+        optim={
+            "name": recipe.optim.optimizer,
+            "lr": recipe.optim.lr,
+            "matrix_lr": recipe.optim.matrix_lr,
+            "weight_decay": recipe.optim.weight_decay,
+            "betas": recipe.optim.betas,
+        },
+        args=arguments,
+        train_dataset=SftBatches(
+            sources(recipe),
+            denoiser.tokenizer,
+            mask_token_id=denoiser.family.mask_token_id,
+            batch=recipe.sft.batch // world_size(),
+            steps=recipe.optim.steps * world_size(),
+            seed=recipe.run.seed,
+            mask=recipe.sft.mask,
+            full_canvas=recipe.sft.full_canvas,
+        ),
+        callbacks=[EvaluationCallback(recipe, denoiser)],
+    )
+    output = trainer.train(resume_from_checkpoint=resume)
+    denoiser.model.eval()
+    results = evaluate_tasks(recipe, denoiser, recipe.evaluation.problems)
+    summary = {
+        "run": recipe.name,
+        "wall_s": output.metrics["train_runtime"],
+        "loss": output.training_loss,
+        "parameters": sum(p.numel() for p in denoiser.model.parameters()),
+        "heldout": {name: result.as_dict() for name, result in results.items()},
+    }
+    if rank() == 0:
+        denoiser.save(folder / "model")
+        seeds = {"run": recipe.run.seed}
+        record = manifest(device=denoiser.device, dtype=recipe.model.dtype, seeds=seeds, recipe=dump(recipe), **summary)
+        write_json(folder / "model" / "manifest.json", record)
+        write_json(folder / "summary.json", summary)
+    return summary

@@ -1,0 +1,97 @@
+"""Schedules: which masked positions are open to a step, and how many of them it commits."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..recipes.registry import SLOTS, RecipeError
+
+schedule = SLOTS["schedule"]
+
+
+class Quota(NamedTuple):
+    """`window_BL`: positions that may be committed at this step; `count_B`: how many are, before the selection's say."""
+
+    window_BL: Tensor
+    count_B: Tensor
+
+
+@schedule.register
+def uniform(masked_BL: Tensor, step_B: Tensor, open_B: Tensor, *, steps: int) -> Quota:
+    """The whole canvas, an even share a step, larger shares first: n_j = m // S + [j < m mod S].
+
+    `open_B` is the number of positions that were open at the start; a row keeps its plan whatever else is in the batch.
+    """
+    _positive("steps", steps)
+    left_B = (steps - step_B).clamp(min=1)
+    return Quota(masked_BL, torch.ceil(masked_BL.sum(1) / left_B).long())
+
+
+@schedule.register
+def cosine(masked_BL: Tensor, step_B: Tensor, open_B: Tensor, *, steps: int) -> Quota:
+    """The whole canvas; after step t, floor(m cos(pi/2 (t+1)/S)) positions stay masked (MaskGIT, Chang et al. 2022)."""
+    _positive("steps", steps)
+    ratio_B = torch.cos(math.pi / 2 * ((step_B + 1) / steps).clamp(max=1.0))
+    # cos(pi/2) is 6e-8 in fp32, not 0: the floor absorbs it.
+    stay_B = torch.floor(open_B * ratio_B.clamp(min=0.0)).long()
+    return Quota(masked_BL, masked_BL.sum(1) - stay_B)
+
+
+@schedule.register
+def blocks(
+    masked_BL: Tensor, step_B: Tensor, open_B: Tensor, *, size: int, per_step: int | None = None, steps: int | None = None
+) -> Quota:
+    """Blocks of `size` from left to right, each finished before the next (semi-autoregressive, LLaDA section 2.4).
+
+    `per_step` tokens a step, or `steps` for the whole canvas: then a block takes S_b = steps // (L / size) steps of
+    n_j = size // S_b + [j < size mod S_b] tokens.
+    """
+    length = masked_BL.shape[1]
+    check_blocks(length, size=size, per_step=per_step, steps=steps)
+    grid_BNM = masked_BL.view(masked_BL.shape[0], length // size, size)
+    first_B = grid_BNM.any(dim=2).to(torch.int8).argmax(dim=1)
+    block_L = torch.arange(length, device=masked_BL.device) // size
+    window_BL = masked_BL & (block_L == first_B[:, None])
+    left_B = window_BL.sum(1)
+    if per_step is not None:
+        return Quota(window_BL, left_B.clamp(max=per_step))
+    assert steps is not None
+    return Quota(window_BL, _block_table(size, steps // (length // size)).to(left_B.device)[left_B])
+
+
+def check_blocks(length: int, *, size: int, per_step: int | None, steps: int | None) -> None:
+    """Raise RecipeError unless the blocks divide a canvas of `length` and exactly one of the two paces is given."""
+    _positive("size", size)
+    if length % size:
+        near = [d for d in range(1, length + 1) if length % d == 0]
+        best = min(near, key=lambda d: abs(d - size))
+        raise RecipeError(f"schedule.size: blocks of {size} do not divide the canvas of {length}; use {best}, for one.")
+    if (per_step is None) == (steps is None):
+        raise RecipeError("schedule: blocks needs exactly one of per_step (tokens a step) and steps (for the canvas).")
+    if per_step is not None and not 1 <= per_step <= size:
+        raise RecipeError(f"schedule.per_step: {per_step} must lie between 1 and the block size {size}.")
+    if steps is not None and (steps % (length // size) or not length // size <= steps <= length):
+        raise RecipeError(
+            f"schedule.steps: {steps} must be a multiple of the {length // size} blocks and at most the canvas {length}."
+        )
+
+
+def _block_table(size: int, steps: int) -> Tensor:
+    """Return, for every number of masked tokens left in a block, how many the plan commits next."""
+    table, left = torch.zeros(size + 1, dtype=torch.long), size
+    for step in range(steps):
+        count = size // steps + (step < size % steps)
+        # Given tokens can leave a block between two marks of the plan; the step then goes to the next mark.
+        for missing in range(left - count + 1, left + 1):
+            table[missing] = missing - (left - count)
+        left -= count
+    return table
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise RecipeError(f"schedule.{name}: {value} must be at least 1.")

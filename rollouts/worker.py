@@ -1,0 +1,143 @@
+"""The rollout worker: task rows in, scored trajectories out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..policies.tokenizers import prompt_ids
+from ..recipes.registry import RecipeError
+from .sampler import LogitSource, Sampler, denoise
+from .trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from ..rewards.scoring import RewardTable
+
+Row = dict[str, Any]
+Scorer = Callable[[list[Row], list[Any], list[Any], list[list[int]]], "RewardTable"]
+
+
+@dataclass
+class RolloutBatch:
+    """Rollouts with everything that judges them; entry i of every field belongs to rollout i.
+
+    `group_B` numbers the prompts, `advantage_B` is filled by the trainer, `metrics` are means over the batch.
+    """
+
+    trajectory: Trajectory
+    rows: list[Row]
+    completions: list[str]
+    completion_ids: list[list[int]]
+    group_B: Tensor
+    rewards: RewardTable
+    advantage_B: Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.trajectory)
+
+    def with_advantage(self, advantage_B: Tensor) -> RolloutBatch:
+        """Return the batch with its advantages."""
+        return replace(self, advantage_B=advantage_B)
+
+
+@dataclass
+class RolloutWorker:
+    """Denoises `group` completions a prompt on a canvas of `canvas` tokens and scores them.
+
+    `micro_batch` rollouts share a forward; it changes speed and memory, never a rollout. `prompt_limit` is the longest
+    prompt in tokens, checked before anything is sampled.
+    """
+
+    denoiser: LogitSource
+    tokenizer: PreTrainedTokenizerBase
+    sampler: Sampler
+    scorer: Scorer
+    group: int
+    canvas: int
+    prompt_limit: int
+    seed: int
+    micro_batch: int = 64
+
+    def collect(self, rows: Sequence[Row], *, step: int, first_id: int = 0) -> RolloutBatch:
+        """Return `len(rows) * group` scored rollouts; rollout ids count from `first_id * group`.
+
+        `step` keys the noise together with the rollout ids; `first_id` is the global index of the first prompt, so that
+        ranks which share a batch draw what one process would.
+        """
+        repeated = [row for row in rows for _ in range(self.group)]
+        started = time.perf_counter()
+        trajectory = self.rollout(rows, step=step, first_id=first_id)
+        seconds = time.perf_counter() - started
+        completion_ids, completions = self.decode(trajectory)
+        rewards = self.scorer(repeated, [row["prompt"] for row in repeated], completions, completion_ids)
+        group_B = torch.arange(len(rows)).repeat_interleave(self.group) + first_id
+        tokens = sum(map(len, completion_ids))
+        ended_B = torch.isin(trajectory.tokens_BL, torch.tensor(trajectory.eos_token_ids)).any(dim=1)
+        metrics = {
+            "rollout/nfe": trajectory.steps_B.double().mean().item(),
+            "rollout/length": tokens / max(len(repeated), 1),
+            "rollout/ended": ended_B.double().mean().item(),
+            "rollout/logprob": trajectory.logprob_BL.sum().item() / max(int(trajectory.action_BL("all").sum()), 1),
+        }
+        batch = RolloutBatch(trajectory, repeated, completions, completion_ids, group_B, rewards, metrics=metrics)
+        batch.metrics["time/rollout_s"] = seconds
+        batch.metrics["time/tokens_per_s"] = tokens / max(seconds, 1e-9)
+        return batch
+
+    def rollout(self, rows: Sequence[Row], *, step: int, first_id: int = 0) -> Trajectory:
+        """Return the trajectories of `group` completions of every row, in row order."""
+        if not rows:
+            raise RecipeError("rollout: there are no task rows to roll out; the dataset is empty.")
+        prompts = [self._prompt(row, index) for index, row in enumerate(rows)]
+        owner_B = torch.arange(len(rows)).repeat_interleave(self.group)
+        rollout_id_B = torch.arange(len(owner_B)) + first_id * self.group
+        device = getattr(self.denoiser, "device", torch.device("cpu"))
+        parts = []
+        for start in range(0, len(owner_B), self.micro_batch):
+            chosen = owner_B[start : start + self.micro_batch].tolist()
+            prompt_BQ, prompt_mask_BQ = pad_left([prompts[i] for i in chosen], self.tokenizer.pad_token_id)
+            canvas_BL = torch.full((len(chosen), self.canvas), self.denoiser.family.mask_token_id)
+            part = denoise(
+                self.denoiser,
+                self.sampler,
+                prompt_BQ.to(device),
+                prompt_mask_BQ.to(device),
+                canvas_BL.to(device),
+                rollout_id_B[start : start + self.micro_batch].to(device),
+                seed=self.seed,
+                step=step,
+            )
+            parts.append(part.to("cpu"))
+        return Trajectory.cat(parts)
+
+    def decode(self, trajectory: Trajectory) -> tuple[list[list[int]], list[str]]:
+        """Return completion ids (EOS included, undecided tokens dropped) and their texts without special tokens."""
+        lengths = trajectory.length_B.tolist()
+        ids = [
+            [token for token in tokens[:length] if token != trajectory.mask_token_id]
+            for tokens, length in zip(trajectory.tokens_BL.tolist(), lengths, strict=True)
+        ]
+        return ids, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _prompt(self, row: Row, index: int) -> list[int]:
+        ids = prompt_ids(self.tokenizer, row["prompt"])
+        if len(ids) > self.prompt_limit:
+            raise RecipeError(
+                f"task row {index}: its prompt has {len(ids)} tokens, rollout.prompt_limit is {self.prompt_limit}; "
+                "raise the limit or drop long prompts."
+            )
+        return ids
+
+
+def pad_left(sequences: Sequence[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Return `(ids_BQ, mask_BQ)`, sequences aligned at their right end."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[pad_token_id] * (width - len(s)) + s for s in sequences])
+    return ids, torch.arange(width) >= torch.tensor([[width - len(s)] for s in sequences])
