@@ -87,7 +87,7 @@ def dump_recipe(recipe: Recipe | SftRecipe) -> str:
 @functools.cache
 def load_methods() -> dict[str, dict[str, Any]]:
     """Return methods.yaml: for each method its `summary`, `source`, `departs` and `objective`."""
-    text = resources.files("unmask.recipes").joinpath("methods.yaml").read_text(encoding="utf-8")
+    text = resources.files(__package__).joinpath("methods.yaml").read_text(encoding="utf-8")
     return read_mapping(text, "methods.yaml")
 
 
@@ -175,7 +175,7 @@ def slot_of(info: FieldInfo) -> str | None:
 
 def import_parts(slot: str) -> None:
     """Import the module that registers the parts of `slot` (most of them import torch)."""
-    importlib.import_module(f"unmask.{PART_MODULES[slot]}")
+    importlib.import_module(f"...{PART_MODULES[slot]}", __name__)
 
 
 def _checked(place: Place) -> Any:

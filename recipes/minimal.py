@@ -96,9 +96,9 @@ def problem(rng: random.Random) -> tuple[str, str]:
 
 
 def reward(completion: str, answer: str) -> float:
-    """Return 1 where the text ends with the right answer, else 0."""
-    _, marker, given = completion.rpartition("#### ")
-    return float(bool(marker) and given.strip() == answer)
+    """Return 1 where the last line marked `####` holds the right answer, else 0."""
+    _, marker, given = completion.rpartition("####")
+    return float(bool(marker) and given.split("\n")[0].strip() == answer)
 
 
 class Rollouts(NamedTuple):

@@ -56,7 +56,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 def shipped_recipes() -> dict[str, str]:
     """Return the text of every recipe that comes with unmask, by name (without `.yaml`)."""
-    folder = resources.files("unmask.recipes")
+    folder = resources.files(__package__)
     files = (entry for entry in folder.iterdir() if entry.name.endswith(".yaml"))
     found = {entry.name.removesuffix(".yaml"): entry for entry in files}
     return {name: found[name].read_text(encoding="utf-8") for name in sorted(found) if name not in NOT_RECIPES}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -42,14 +43,16 @@ def coerce(value: Any, annotation: Any, where: str) -> Any:
     elif annotation is bool and isinstance(value, bool):
         return value
     elif annotation is int and isinstance(value, int | float) and not isinstance(value, bool):
-        if value == int(value):
+        if isinstance(value, int) or value.is_integer():
             return int(value)
     elif annotation is float and not isinstance(value, bool):
         # YAML 1.1 reads 1e-3 as a string; a recipe's author means the number.
         try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isnan(number):
+            return number
     elif annotation is str and isinstance(value, str):
         return value
     elif (origin or annotation) in (tuple, list) and isinstance(value, list | tuple):
@@ -59,7 +62,8 @@ def coerce(value: Any, annotation: Any, where: str) -> Any:
     if origin is typing.Literal:
         raise RecipeError(f"{where}: {value!r} is not allowed.{nearest(value, [str(a) for a in args])}")
     kind = getattr(annotation, "__name__", None) if origin is None else None
-    raise RecipeError(f"{where}: {value!r} is not a {kind or annotation}.")
+    name = "whole number" if annotation is int else kind or annotation
+    raise RecipeError(f"{where}: {value!r:.80} is not a {name}.")
 
 
 def _coerce_sequence(value: Any, kind: Any, args: tuple[Any, ...], where: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -20,3 +21,8 @@ def device_of(name: str) -> str:
 def dump(recipe: Any) -> str:
     """Return a recipe as YAML, every default written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def cpu_backend(device: str) -> str | None:
+    """Return "gloo" for several processes on CPUs; None (no process group, or NCCL) otherwise."""
+    return "gloo" if device_of(device) == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None

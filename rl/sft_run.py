@@ -18,7 +18,7 @@ from .distributed import rank, world_size
 from .evaluate import Evaluation, evaluate, heldout_rows
 from .runfolder import manifest, run_folder, write_atomically, write_json
 from .sft import SftBatches, SftTrainer, Source
-from .settings import device_of, dump
+from .settings import cpu_backend, device_of, dump
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,11 @@ def sources(recipe: SftRecipe) -> list[Source]:
     ]
 
 
+def label(choice: dict[str, Any]) -> str:
+    """Return a task's name in results: `arithmetic/hard` when it has a level, `arithmetic` otherwise."""
+    return f"{choice['name']}/{choice['level']}" if choice.get("level") else choice["name"]
+
+
 def evaluate_tasks(recipe: SftRecipe, denoiser: Denoiser, problems: int) -> dict[str, Evaluation]:
     """Return held-out results by task at the recipe's evaluation decoding."""
     sampler = build_sampler(recipe.evaluation.sampler.model_dump(), temperature=recipe.evaluation.temperature)
@@ -72,7 +77,7 @@ def evaluate_tasks(recipe: SftRecipe, denoiser: Denoiser, problems: int) -> dict
             prompt_limit=10**6,
             seed=0,
         )
-        results[entry.task["name"]] = evaluate(worker, rows)
+        results[label(entry.task)] = evaluate(worker, rows)
     return results
 
 
@@ -86,7 +91,7 @@ class EvaluationCallback(TrainerCallback):
         """Run the evaluation when it is due."""
         every = self.recipe.evaluation.every
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
-            results = evaluate_tasks(self.recipe, self.denoiser, min(64, self.recipe.evaluation.problems))
+            results = evaluate_tasks(self.recipe, self.denoiser, min(32, self.recipe.evaluation.problems))
             for name, result in results.items():
                 logger.info("step %d: %s exact %.3f (n=%d)", state.global_step, name, result.exact, result.n)
 
@@ -112,7 +117,7 @@ def training_arguments(recipe: SftRecipe, folder: Path) -> TrainingArguments:
         seed=recipe.run.seed,
         data_seed=recipe.run.seed,
         use_cpu=device_of(recipe.model.device) == "cpu",
-        ddp_backend="gloo" if device_of(recipe.model.device) == "cpu" else None,
+        ddp_backend=cpu_backend(recipe.model.device),
         dataloader_pin_memory=False,
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from unmask.policies.denoiser import Denoiser, load_denoiser
 from unmask.policies.tokenizers import byte_tokenizer, prompt_ids
-from unmask.recipes import minimal
-from unmask.recipes.registry import SLOTS
-from unmask.rewards.mathematics import arithmetic
+from unmask.recipes import minimal, tasks
+from unmask.rewards.mathematics import judge_arithmetic
 from unmask.rollouts.sampler import Sampler, build_sampler, denoise, window_logits
 from unmask.rollouts.trajectory import PAD, SAMPLED, Trajectory
 
@@ -56,7 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model in LLaDA's layout, scaled so that its distributions are neither flat nor peaked."""
     config = LlamaConfig(
         vocab_size=261, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, rms_norm_eps=1e-5, pad_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+        num_key_value_heads=2, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+        pad_token_id=None,
     )
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -93,7 +92,7 @@ def rollouts(model: LlamaForCausalLM, temperature: float = 1.0, group: int = 4) 
     prompt_BQ = minimal.encode([p for p in PROMPTS for _ in range(group)])
     noise = torch.Generator().manual_seed(3)
     batch = minimal.rollout(model, prompt_BQ, noise, LENGTH, BLOCK, PER_STEP, temperature)
-    # A random model hardly ever ends: put EOS where two rollouts drew something else, inside a step and at a step's end.
+    # A random model hardly ever ends: put EOS where two rollouts drew something else.
     batch.tokens_BL[0, 5] = batch.tokens_BL[4, 11] = minimal.EOS
     return batch
 
@@ -151,7 +150,7 @@ def test_prompts_are_the_librarys() -> None:
 
 def test_problems_are_the_librarys() -> None:
     """The library's generator, given the same numbers, writes the same prompts and solutions."""
-    rows = SLOTS["task"].build({"name": "arithmetic", "operations": [5, 9]})("train", seed=0)
+    rows = tasks.arithmetic("train", seed=0, operations=(5, 9))
     for index in range(20):
         row = rows.row(index)
         value, *words = row["prompt"].split(" ")
@@ -179,11 +178,10 @@ class Replay(random.Random):
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
-    [("a7+8=5\n#### 5", "5"), ("#### 4\n#### 5", "5"), ("#### 5 ", "5"), ("#### 6", "5"), ("5", "5"), ("####", "5"), ("", "5")],
+    "text", ["a7+8=5\n#### 5", "#### 4\n#### 5", "#### 5\n#### 4", "#### 5 \nb", "####5", "#### 6", "5", "####", ""]
 )
-def test_reward_is_the_librarys(text: str, answer: str) -> None:
-    assert arithmetic(prompts=["x"], completions=[text], completion_ids=[[]], answer=[answer]) == [minimal.reward(text, answer)]
+def test_reward_is_the_librarys(text: str) -> None:
+    assert minimal.reward(text, "5") == judge_arithmetic(text, "5").value
 
 
 def test_logits_are_the_librarys(denoiser: Denoiser, plain: LlamaForCausalLM) -> None:

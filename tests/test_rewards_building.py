@@ -35,7 +35,7 @@ def raising_factory(limit: int) -> Any:
     raise ValueError(f"limit {limit} is too small")
 
 
-def unresolved(completions, scale: Missing = 1.0, **kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, F821
+def unresolved(completions, scale: Missing = 1.0, **kwargs):  # type: ignore  # noqa: F821
     return [scale for _ in completions]
 
 

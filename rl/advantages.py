@@ -1,0 +1,74 @@
+"""Advantages: how much better a rollout did than the other rollouts of its group (prompt), by group id.
+
+Shapes: `reward_B` and `group_B` (any integers, in any order, groups of any size, whole on one rank) give `advantage_B`
+in the reward's dtype. A NaN reward does not apply: it enters no mean, and its advantage is NaN, which the objective reads
+as "no gradient and no weight". Sums run in float64, so that equal rewards give exactly 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..recipes.registry import SLOTS, RecipeError
+
+advantage = SLOTS["advantage"]
+
+
+@advantage.register
+def group_mean(reward_B: Tensor, group_B: Tensor) -> Tensor:
+    """r - mean(r) (Dr. GRPO, Liu et al. 2025; CJ-GRPO)."""
+    value_B, applies_B, index_B = _prepare(reward_B, group_B)
+    return _finish(value_B - _mean(value_B, applies_B, index_B), reward_B, applies_B)
+
+
+@advantage.register
+def group_std(reward_B: Tensor, group_B: Tensor, *, eps: float = 1e-4, sample: bool = True) -> Tensor:
+    """(r - mean(r)) / (std(r) + eps) (GRPO, Shao et al. 2024).
+
+    The standard deviation is the sample's (n - 1, as in GRPO's released implementations), or the population's (n, as in
+    TraceRL) with `sample` false; it is 0 for a group of one.
+    """
+    if eps < 0:
+        raise RecipeError(f"advantage.eps: {eps} must be at least 0.")
+    value_B, applies_B, index_B = _prepare(reward_B, group_B)
+    centred_B = (value_B - _mean(value_B, applies_B, index_B)) * applies_B
+    count_B = _sum(applies_B.double(), index_B)
+    std_B = (_sum(centred_B.square(), index_B) / (count_B - sample).clamp(min=1)).sqrt()
+    # With eps 0 a group of equal rewards is 0 / 0, and its advantage is 0.
+    scaled_B = torch.where(centred_B == 0, 0.0, centred_B / (std_B + eps))
+    return _finish(scaled_B, reward_B, applies_B)
+
+
+@advantage.register
+def leave_one_out(reward_B: Tensor, group_B: Tensor) -> Tensor:
+    """r - mean of the *other* rewards of the group (RLOO, Ahmadian et al. 2024); 0 for a group of one."""
+    value_B, applies_B, index_B = _prepare(reward_B, group_B)
+    others_B = _sum(applies_B.double(), index_B) - 1
+    baseline_B = (_sum(value_B * applies_B, index_B) - value_B) / others_B.clamp(min=1)
+    return _finish(torch.where(others_B > 0, value_B - baseline_B, 0.0), reward_B, applies_B)
+
+
+def _prepare(reward_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (reward with 0 for NaN, which apply, dense group index); ValueError for infinite rewards."""
+    if reward_B.shape != group_B.shape:
+        raise ValueError(f"advantage: {tuple(reward_B.shape)} rewards and {tuple(group_B.shape)} group ids differ in shape.")
+    if bool(reward_B.isinf().any()):
+        row = int(reward_B.isinf().nonzero()[0])
+        raise ValueError(f"advantage: the reward of rollout {row} is {reward_B[row].item()}; rewards must be finite or None.")
+    applies_B = ~reward_B.isnan()
+    return reward_B.double().nan_to_num(0.0), applies_B, torch.unique(group_B, return_inverse=True)[1]
+
+
+def _sum(value_B: Tensor, index_B: Tensor) -> Tensor:
+    """Return each row's group sum."""
+    return torch.zeros_like(value_B).index_add(0, index_B, value_B)[index_B]
+
+
+def _mean(value_B: Tensor, applies_B: Tensor, index_B: Tensor) -> Tensor:
+    """Return each row's group mean over the rows that apply (0 where none does)."""
+    return _sum(value_B * applies_B, index_B) / _sum(applies_B.double(), index_B).clamp(min=1)
+
+
+def _finish(advantage_B: Tensor, reward_B: Tensor, applies_B: Tensor) -> Tensor:
+    return torch.where(applies_B, advantage_B, torch.nan).to(reward_B.dtype)

@@ -1,0 +1,256 @@
+"""The command `unmask`; nothing heavy is imported before a command runs, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import __version__
+from ..recipes.registry import RecipeError
+
+app = typer.Typer(
+    name="unmask",
+    help="Reinforcement-learning post-training of diffusion language models. A run is one YAML recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+# typer brings its own copy of click in newer versions; its public exception leads to the base class in either.
+USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+RecipeArguments = Annotated[list[str], typer.Argument(metavar="RECIPE [KEY.PATH=VALUE]...", show_default=False)]
+OptionalRecipe = Annotated[
+    list[str] | None, typer.Argument(metavar="[RECIPE] [KEY.PATH=VALUE]...", show_default=False)
+]
+TargetArguments = Annotated[
+    list[str], typer.Argument(metavar="RUN_OR_MODEL_OR_RECIPE [KEY.PATH=VALUE]...", show_default=False)
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE as JSON.")]
+Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes (torchrun is started for more than one).")]
+Resume = Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="Continue this run or checkpoint folder.")]
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return (names, overrides): what contains `=` is an override."""
+    overrides = [argument for argument in arguments if "=" in argument]
+    return [argument for argument in arguments if "=" not in argument], overrides
+
+
+def _one_target(arguments: list[str] | None, what: str = "recipe", otherwise: Path | None = None) -> tuple[str, list[str]]:
+    names, overrides = split_arguments(arguments or [])
+    if not names and otherwise is not None:
+        names = [str(otherwise)]
+    if len(names) != 1:
+        got = f"got {len(names)}: {', '.join(names)}" if names else "got none"
+        raise RecipeError(f"name one {what} ({got}); overrides are written key.path=value.")
+    return names[0], overrides
+
+
+def _load(target: str, overrides: list[str], kind: str) -> Any:
+    from ..recipes.loading import load_recipe
+
+    recipe = load_recipe(target, overrides)
+    if recipe.kind != kind:
+        command = {"rl": "train", "sft": "sft"}[recipe.kind]
+        raise RecipeError(f"kind: '{recipe.name}' is a recipe of kind {recipe.kind}; run `unmask {command} {target}`.")
+    return recipe
+
+
+def _check_output(path: Path | None) -> None:
+    """Refuse a result file that cannot be written, before the work and not after it."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise RecipeError(f"--json: cannot write '{path}'; its folder must exist and it must be no folder itself.")
+
+
+def _write_json(path: Path | None, value: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"unmask {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def train(
+    arguments: OptionalRecipe = None, nproc: Processes = 1, resume: Resume = None, json_file: JsonFile = None
+) -> None:
+    """Train by reinforcement learning; with --resume alone, the run's own recipe is used."""
+    target, overrides = _one_target(arguments, otherwise=resume)
+    _check_output(json_file)
+    recipe = _load(target, overrides, "rl")
+    from ..recipes.crosschecks import check_data, check_world
+    from . import run
+
+    check_world(recipe, nproc)
+    check_data(recipe)
+    _write_json(json_file, run.train(recipe, nproc=nproc, resume=resume))
+
+
+@app.command()
+def sft(
+    arguments: OptionalRecipe = None, nproc: Processes = 1, resume: Resume = None, json_file: JsonFile = None
+) -> None:
+    """Train by supervision on worked solutions (recipes of kind sft)."""
+    target, overrides = _one_target(arguments, otherwise=resume)
+    _check_output(json_file)
+    recipe = _load(target, overrides, "sft")
+    from ..recipes.crosschecks import check_data, check_world
+    from . import run
+
+    check_world(recipe, nproc)
+    check_data(recipe)
+    _write_json(json_file, run.sft(recipe, nproc=nproc, resume=resume))
+
+
+@app.command()
+def evaluate(
+    arguments: TargetArguments,
+    problems: Annotated[int | None, typer.Option("--problems", min=1, help="Held-out problems.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the held-out exact rate with its standard error, NFE and tokens a second."""
+    target, overrides = _one_target(arguments, "run, model or recipe")
+    _check_output(json_file)
+    from . import run
+
+    _write_json(json_file, run.evaluate(target, overrides=overrides, problems=problems))
+
+
+@app.command()
+def sample(
+    arguments: TargetArguments,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Prompt; without it a held-out problem.")] = None,
+) -> None:
+    """Show a canvas being unmasked in the terminal."""
+    target, overrides = _one_target(arguments, "run, model or recipe")
+    from . import show
+
+    show.sample(target, prompt=prompt, overrides=overrides)
+
+
+@app.command()
+def check(
+    arguments: RecipeArguments,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Print the recipe with every default as YAML.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Check a recipe and print what it will do; reads no weights."""
+    target, overrides = _one_target(arguments)
+    _check_output(json_file)
+    from ..recipes.loading import dump_recipe, load_recipe
+    from .cli_summary import print_summary, summary
+
+    recipe = load_recipe(target, overrides)
+    facts = summary(recipe, target)
+    if resolved:
+        typer.echo(dump_recipe(recipe), nl=False)
+    else:
+        print_summary(facts)
+    _write_json(json_file, facts)
+
+
+@app.command()
+def parts(slot: Annotated[str | None, typer.Argument(show_default=False)] = None) -> None:
+    """List the parts of every slot, or of one, with their knobs and defaults."""
+    from .cli_summary import print_parts
+
+    print_parts(slot)
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(show_default=False)] = None) -> None:
+    """List the named methods, or show the choices of one."""
+    from .cli_summary import print_methods
+
+    print_methods(name)
+
+
+@app.command()
+def cp(
+    recipe: Annotated[str | None, typer.Argument(show_default=False)] = None,
+    target: Annotated[Path | None, typer.Argument(show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the target.")] = False,
+) -> None:
+    """Copy a shipped recipe to a file of your own; without arguments, list the shipped recipes."""
+    from .cli_summary import copy_recipe, print_recipes
+
+    if recipe is None:
+        print_recipes()
+    else:
+        path = copy_recipe(recipe, target or Path("."), force=force)
+        typer.echo(f"wrote {path}; next: unmask check {path}")
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="File to write; default: standard output.")] = None,
+) -> None:
+    """Write the JSON schema of recipes, for completion and checks in editors."""
+    from ..recipes.editor import schema_text
+
+    _check_output(out)
+    if out is None:
+        typer.echo(schema_text(), nl=False)
+    else:
+        out.write_text(schema_text(), encoding="utf-8")
+
+
+@app.command()
+def doctor(json_file: JsonFile = None) -> None:
+    """Print versions, devices and launch settings, and what is wrong with them."""
+    _check_output(json_file)
+    from .doctor import doctor as examine
+
+    _write_json(json_file, examine())
+
+
+def is_ours(error: BaseException) -> bool:
+    """Tell whether an error is unmask's own refusal, not a ValueError of a bug or of a dependency."""
+    modules = {base.__module__.partition(".")[0] for base in type(error).__mro__}
+    return isinstance(error, ValueError) and "unmask" in modules
+
+
+def refuse(message: str) -> int:
+    """Print one line `error: ...` on standard error and return exit code 2."""
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return 2
+
+
+def main() -> None:
+    """Run the command line; a refusal is one line on standard error and exit code 2."""
+    # A user's own rewards lie where the command is run; last on the path, they can shadow nothing.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("unmask").setLevel(logging.INFO)
+    try:
+        code = app(standalone_mode=False)
+    except USAGE_ERROR as error:
+        code = refuse(error.format_message())
+    except (typer.Abort, KeyboardInterrupt):
+        sys.stderr.write("interrupted\n")
+        code = 130
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; pointing stdout elsewhere keeps the interpreter's flush quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except ValueError as error:
+        if not is_ours(error):
+            raise
+        code = refuse(str(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

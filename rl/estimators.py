@@ -1,0 +1,86 @@
+"""Estimators: which canvases of a rollout are scored, and on which tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..recipes.registry import SLOTS, RecipeError
+from ..rollouts.noise import uniform
+from ..rollouts.sampler import Sampler
+from ..rollouts.trajectory import Trajectory
+from .views import Views
+
+estimator = SLOTS["estimator"]
+
+
+@estimator.register
+def trace(
+    trajectory: Trajectory,
+    *,
+    rng: torch.Generator | None,
+    context: Sampler | None = None,
+    steps: Literal["all", "uniform_k"] = "all",
+    k: int | None = None,
+    tokens: Literal["until_eos", "all"] = "until_eos",
+) -> Views:
+    """Every token on the very canvas on which it was drawn: log p(trajectory) = sum over steps of its actions' log-probs.
+
+    The only unbiased estimator of the policy gradient (trajectory_rl.md sections 4.4 and 8). `uniform_k` keeps k of a rollout's S_b
+    steps, drawn uniformly without replacement, each with inclusion probability k / S_b. Only steps that
+    commit an action count: `until_eos` leaves out what lies behind the first EOS, `all` nothing. `context` is the
+    sampler; where it draws before it selects, and records that exactly, the choice of positions is an action as well.
+    The draw is keyed by rollout id and step, so batch composition and ranks do not change it.
+    """
+    check_steps(steps, k)
+    action_BL = trajectory.action_BL(tokens)
+    row_K, position_K = action_BL.nonzero(as_tuple=True)
+    born_K = trajectory.born_BL[row_K, position_K].long()
+    stride = int(trajectory.steps_B.max()) + 1 if len(trajectory) else 1
+    # Row-major order of `nonzero` survives the stable sort, so positions ascend inside a view.
+    key_K, order_K = torch.sort(row_K * stride + born_K, stable=True)
+    key_N, view_K = torch.unique_consecutive(key_K, return_inverse=True)
+    row_N, step_N = key_N // stride, key_N % stride
+    views_B = torch.bincount(row_N, minlength=len(trajectory))
+    views = Views(
+        trajectory=trajectory,
+        row_N=row_N,
+        step_N=step_N,
+        inclusion_N=torch.ones(len(row_N), device=row_N.device),
+        view_K=view_K,
+        position_K=position_K[order_K],
+        target_K=trajectory.tokens_BL[row_K, position_K][order_K],
+        count_B=action_BL.sum(1),
+        views_B=views_B,
+        sampler=context if context is not None and context.exact_choice else None,
+    )
+    return views if k is None else _uniform_k(views, k, rng)
+
+
+def check_steps(steps: str, k: int | None) -> None:
+    """Raise RecipeError unless `uniform_k`, and nothing else, comes with a positive k."""
+    if steps not in ("all", "uniform_k"):
+        raise RecipeError(f"estimator.steps: '{steps}' is not one of all, uniform_k.")
+    if steps == "all" and k is not None:
+        raise RecipeError(f"estimator.k: {k} has no effect with steps 'all'; set steps to uniform_k.")
+    if steps == "uniform_k" and (k is None or k < 1):
+        raise RecipeError(f"estimator.k: {k} must be at least 1; uniform_k needs the number of steps to draw.")
+
+
+def _uniform_k(views: Views, k: int, rng: torch.Generator | None) -> Views:
+    """Keep min(k, S_b) views of every rollout, uniformly without replacement."""
+    assert rng is not None, "uniform_k draws and needs a generator"
+    seed = int(torch.randint(2**62, (), generator=rng))
+    noise_N = uniform(seed, "uniform_k", 0, views.trajectory.rollout_id_B[views.row_N], views.step_N)
+    order_N = torch.argsort(noise_N)
+    order_N = order_N[torch.argsort(views.row_N[order_N], stable=True)]
+    first_B = views.views_B.cumsum(0) - views.views_B
+    place_N: Tensor = torch.arange(len(order_N), device=order_N.device) - first_B[views.row_N]
+    keep_N = torch.zeros_like(views.row_N, dtype=torch.bool)
+    keep_N[order_N] = place_N < k
+    kept = views.where(keep_N)
+    inclusion_N = (k / views.views_B[kept.row_N]).clamp(max=1.0)
+    return replace(kept, inclusion_N=inclusion_N)

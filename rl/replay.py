@@ -1,0 +1,87 @@
+"""Replay: log-probabilities of recorded actions under a denoiser, on the canvases that were sampled from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rollouts.categorical import log_odds, log_probs
+from ..rollouts.sampler import LogitSource, choice_logprob, window_logits
+from ..rollouts.trajectory import SAMPLED
+from .views import Views
+
+
+class Scores(NamedTuple):
+    """`logprob_A` of the actions (K tokens, then C choices, see `Views.actions`) and `entropy_K`, both in nats."""
+
+    logprob_A: Tensor
+    entropy_K: Tensor
+
+
+def chunks(views: Views, size: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of consecutive runs of at most `size` views."""
+    for start in range(0, len(views), size):
+        yield start, min(start + size, len(views))
+
+
+def replay(denoiser: LogitSource, views: Views) -> Scores:
+    """Return the log-probs of the actions of `views` in one forward, differentiable in the denoiser's parameters.
+
+    log softmax(logits / temperature) in fp32 without the tokens that the rollout banned, exactly as `denoise` recorded
+    it. The LM head runs at the scored tokens only; at the whole window where choices are scored, since a choice depends
+    on the distributions at the positions that were *not* chosen. The entropy is that of the scored distributions,
+    without gradient.
+    """
+    trajectory, scored_NL = views.trajectory, views.scored()
+    asked_NL = scored_NL if views.sampler is None else views.window()
+    row_N = views.row_N
+    logits_WV = window_logits(
+        denoiser, trajectory.prompt_BQ[row_N], trajectory.prompt_mask_BQ[row_N], views.canvas(), asked_NL
+    )
+    # Without choices every row is a scored one, and a copy of K x V numbers is saved.
+    logits_KV = logits_WV if views.sampler is None else logits_WV[scored_NL[asked_NL]]
+    logp_KV = log_probs(logits_KV, temperature=trajectory.temperature, banned=trajectory.banned_token_ids)
+    logprob_K = logp_KV.gather(1, views.target_K[:, None]).squeeze(1)
+    with torch.no_grad():
+        entropy_K = torch.special.entr(logp_KV.detach().exp()).sum(dim=1)
+    if views.sampler is None:
+        return Scores(logprob_K, entropy_K)
+    return Scores(torch.cat([logprob_K, _choices(views, logits_WV, asked_NL)]), entropy_K)
+
+
+def _choices(views: Views, logits_WV: Tensor, window_NL: Tensor) -> Tensor:
+    """Return the log-probability of each view's choice of positions."""
+    trajectory, sampler = views.trajectory, views.sampler
+    assert sampler is not None
+    banned = trajectory.banned_token_ids
+    # All tokens of the step set the bar, also those behind an EOS, which are no actions.
+    sampled_NL = trajectory.source_BL[views.row_N] == SAMPLED
+    chosen_NL = sampled_NL & (trajectory.born_BL[views.row_N] == views.step_N[:, None])
+    score_NL = torch.full(chosen_NL.shape, -torch.inf, dtype=logits_WV.dtype, device=logits_WV.device)
+    with torch.no_grad():
+        logits_MV = logits_WV.detach()[chosen_NL[window_NL]]
+        odds_MV = log_odds(log_probs(logits_MV, temperature=sampler.score_temperature, banned=banned))
+        target_M = trajectory.tokens_BL[views.row_N][chosen_NL]
+        score_NL[chosen_NL] = odds_MV.gather(1, target_M[:, None]).squeeze(1)
+    return choice_logprob(logits_WV, score_NL, chosen_NL, window_NL, sampler, banned)
+
+
+@torch.no_grad()
+def replay_all(denoiser: LogitSource, views: Views, size: int) -> Scores:
+    """Return the scores of all views without gradient, `size` views a forward."""
+    parts = [replay(denoiser, views.part(start, stop)) for start, stop in chunks(views, size)]
+    return join(views, parts)
+
+
+def join(views: Views, parts: list[Scores]) -> Scores:
+    """Return the scores of consecutive chunks of `views` as one; empty for no views."""
+    if not parts:
+        empty = views.trajectory.logprob_BL.new_zeros(0)
+        return Scores(empty, empty)
+    tokens = [len(part.entropy_K) for part in parts]
+    logprob_K = [part.logprob_A[:n] for part, n in zip(parts, tokens, strict=True)]
+    choice_C = [part.logprob_A[n:] for part, n in zip(parts, tokens, strict=True)]
+    return Scores(torch.cat([*logprob_K, *choice_C]), torch.cat([part.entropy_K for part in parts]))

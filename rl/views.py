@@ -1,0 +1,105 @@
+"""Views: which tokens are scored on which canvases, as flat lists of actions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rollouts.sampler import Sampler
+from ..rollouts.trajectory import GIVEN, Trajectory
+
+
+class Actions(NamedTuple):
+    """The A = K + C actions of some views: K scored tokens in the order of `Views`, then C choices, one a view.
+
+    `row_A` and `view_A` say whose action it is, `token_A` is False for choices. C is 0 unless choices are scored.
+    """
+
+    row_A: Tensor
+    view_A: Tensor
+    token_A: Tensor
+
+
+@dataclass(frozen=True)
+class Views:
+    """N canvases of a trajectory and the K tokens that are scored on them.
+
+    A view is the canvas before step `step_N` of rollout `row_N`; it is rebuilt when it is scored, so memory is that of
+    the K <= B x L tokens and does not grow with the number of steps. `view_K` (ascending), `position_K` (ascending inside
+    a view) and `target_K` list the tokens. `inclusion_N` is the probability with which the estimator kept the view;
+    `count_B` tokens and `views_B` views are what it would score of a rollout if it kept all. With a `sampler` each
+    view has one more action, the choice of its positions (samplers.md section 1.3).
+    """
+
+    trajectory: Trajectory
+    row_N: Tensor
+    step_N: Tensor
+    inclusion_N: Tensor
+    view_K: Tensor
+    position_K: Tensor
+    target_K: Tensor
+    count_B: Tensor
+    views_B: Tensor
+    sampler: Sampler | None = None
+
+    def __len__(self) -> int:
+        return self.row_N.shape[0]
+
+    @property
+    def row_K(self) -> Tensor:
+        """The rollout of each scored token."""
+        return self.row_N[self.view_K]
+
+    @property
+    def actions(self) -> Actions:
+        """The scored tokens, followed by one choice a view where choices are scored."""
+        choices = 0 if self.sampler is None else len(self)
+        view_C = torch.arange(choices, device=self.view_K.device)
+        view_A = torch.cat([self.view_K, view_C])
+        token_A = torch.arange(len(view_A), device=view_A.device) < len(self.view_K)
+        return Actions(self.row_N[view_A], view_A, token_A)
+
+    def canvas(self) -> Tensor:
+        """Return `canvas_NL`, what the denoiser saw, mask id where undecided."""
+        return self.trajectory.canvas_before(self.row_N, self.step_N)
+
+    def scored(self) -> Tensor:
+        """Return `scored_NL`, true at the scored tokens; its row-major order is that of the K tokens."""
+        scored_NL = torch.zeros(len(self), self.trajectory.canvas, dtype=torch.bool, device=self.view_K.device)
+        scored_NL[self.view_K, self.position_K] = True
+        return scored_NL
+
+    def window(self) -> Tensor:
+        """Return `window_NL`, the positions that the selection could choose from; needs a `sampler`."""
+        assert self.sampler is not None, "only a sampler knows its window"
+        open_N = (self.trajectory.source_BL != GIVEN).sum(1)[self.row_N]
+        return self.sampler.window(self.canvas(), self.step_N, open_N, self.trajectory.mask_token_id)
+
+    def tokens(self, start: int, stop: int) -> slice:
+        """Return the slice of the K tokens that belongs to the views `start` to `stop`."""
+        edges = torch.searchsorted(self.view_K, torch.tensor([start, stop], device=self.view_K.device)).tolist()
+        return slice(edges[0], edges[1])
+
+    def part(self, start: int, stop: int) -> Views:
+        """Return the views `start` to `stop`."""
+        kept_N, kept_K = slice(start, stop), self.tokens(start, stop)
+        return self._replaced(kept_N, kept_K, self.view_K[kept_K] - start)
+
+    def where(self, keep_N: Tensor) -> Views:
+        """Return the views for which the bool `keep_N` is true."""
+        keep_K = keep_N[self.view_K]
+        return self._replaced(keep_N, keep_K, (keep_N.cumsum(0) - 1)[self.view_K[keep_K]])
+
+    def _replaced(self, index_N: Tensor | slice, index_K: Tensor | slice, view_K: Tensor) -> Views:
+        return replace(
+            self,
+            row_N=self.row_N[index_N],
+            step_N=self.step_N[index_N],
+            inclusion_N=self.inclusion_N[index_N],
+            view_K=view_K,
+            position_K=self.position_K[index_K],
+            target_K=self.target_K[index_K],
+        )
