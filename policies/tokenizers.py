@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .families import Family
 
@@ -76,7 +76,8 @@ def load_tokenizer(folder: Path, family: Family) -> PreTrainedTokenizerBase:
         if tokenizer.mask_token_id != family.mask_token_id or len(tokenizer) > family.vocab_size:
             raise ValueError(f"'{folder}' holds no tokenizer.json; copy the checkpoint's tokenizer files there.")
         return tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # The class itself, not AutoTokenizer, which would look for the vendor's model class in config.json.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.padding_side = "left"
     if "<|start_header_id|>" in tokenizer.get_vocab():
         tokenizer.chat_template = LLADA_TEMPLATE

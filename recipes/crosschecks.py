@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .registry import SLOTS, RecipeError
-from .schema import EvaluationSection, Recipe, SamplerSection, SftEvaluationSection, SftRecipe
+from .schema import EvaluationSection, ObjectiveSection, Recipe, SamplerSection, SftEvaluationSection, SftRecipe
 
 GROUP_ADVANTAGES = {"group_mean", "group_std", "leave_one_out"}
 POSITIONAL_SCORES = {"random", "left_to_right"}
@@ -58,7 +58,9 @@ def check_data(recipe: Recipe | SftRecipe) -> dict[str, Any]:
         if "prompt" not in row:
             raise RecipeError(f"{where}: the rows of '{choice['name']}' have no column 'prompt'; a task must give one.")
         if isinstance(recipe, SftRecipe) and "reference" not in row:
-            raise RecipeError(f"{where}: the rows have no column 'reference'; supervised training needs worked solutions.")
+            raise RecipeError(
+                f"{where}: the rows have no column 'reference'; supervised training needs worked solutions."
+            )
         check_columns(build_rewards(rewards), row)
         # Drawing the last one proves that there are so many; a stored dataset with fewer is evaluated whole.
         held = build("heldout", seed=recipe.run.seed)
@@ -101,7 +103,7 @@ def _tasks(recipe: Recipe | SftRecipe) -> Iterator[tuple[str, dict[str, Any], li
 def _check_model(model: Any) -> None:
     if model.attention == "flash_attention_2" and (model.dtype == "float32" or model.device in ("cpu", "mps")):
         raise RecipeError(
-            f"model.attention: flash_attention_2 needs a CUDA device and bfloat16, not {model.device} and {model.dtype}; "
+            f"model.attention: flash_attention_2 needs CUDA and bfloat16, not {model.device} and {model.dtype}; "
             "use sdpa or set model.dtype to bfloat16."
         )
 
@@ -188,33 +190,34 @@ def _check_objective(recipe: Recipe) -> None:
             "objective.correction: compares recomputed log-probs with the rollout's, but objective.old is 'rollout', "
             "so it is 1 everywhere; set objective.old to recompute, or correction to none."
         )
-    _probe_surrogate(objective.surrogate)
+    _probe_learning(objective)
 
 
-def _probe_surrogate(choice: dict[str, Any]) -> None:
+def _probe_learning(objective: ObjectiveSection) -> None:
+    """Call surrogate and advantage once: our parts check their knobs when they are called (a user's may be costly)."""
     import torch
 
-    try:
-        SLOTS["surrogate"].build(choice, "surrogate")(torch.zeros(1), torch.zeros(1))
-    except RecipeError as error:
-        raise RecipeError(f"objective.{error}") from error
-    for key in ("low", "high"):
-        value = choice.get(key)
-        if value is not None and (value <= 0 or (key == "low" and value >= 1)):
-            rule = "between 0 and 1" if key == "low" else "above 0"
-            raise RecipeError(f"objective.surrogate.{key}: {value} must lie {rule}; the ratio is clipped to 1 -+ it.")
+    arguments = {"surrogate": (torch.zeros(2), torch.zeros(2)), "advantage": (torch.zeros(2), torch.zeros(2).long())}
+    for slot, values in arguments.items():
+        choice = getattr(objective, slot)
+        try:
+            if choice["name"] in SLOTS[slot]:
+                SLOTS[slot].build(choice, slot)(*values)
+        except RecipeError as error:
+            raise RecipeError(f"objective.{error}") from error
 
 
 def _check_estimator(recipe: Recipe) -> None:
+    from ..rl.estimators import check_steps
+
     estimator, unit = recipe.objective.estimator, recipe.objective.unit["name"]
-    steps, k = estimator.get("steps"), estimator.get("k")
-    if steps == "uniform_k" and k is None:
-        raise RecipeError("objective.estimator.k: is missing; uniform_k needs the number of steps to draw, for example 8.")
-    if k is not None and steps != "uniform_k":
-        raise RecipeError(f"objective.estimator.k: {k} has no effect with steps '{steps}'; set steps to uniform_k.")
-    if k is not None and k < 1:
-        raise RecipeError(f"objective.estimator.k: {k} must be at least 1.")
-    if steps == "uniform_k" and unit == "rollout":
+    if estimator["name"] != "trace":
+        return
+    try:
+        check_steps(estimator["steps"], estimator["k"])
+    except RecipeError as error:
+        raise RecipeError(f"objective.{error}") from error
+    if estimator["steps"] == "uniform_k" and unit == "rollout":
         raise RecipeError(
             "objective.unit: 'rollout' needs the ratio of the whole rollout, steps 'uniform_k' scores a part of it; "
             "use unit step or token, or steps all."
@@ -255,9 +258,10 @@ def _check_sft(recipe: SftRecipe) -> None:
     if (model.path is None) == (model.init is None):
         state = "neither is there" if model.path is None else "both are there"
         raise RecipeError(f"model: needs exactly one of path (a checkpoint) and init (a new model); {state}.")
-    if model.init is not None and (model.init.hidden_size % model.init.heads or model.init.hidden_size // model.init.heads % 2):
+    if model.init is not None and model.init.hidden_size % (2 * model.init.heads):
         raise RecipeError(
-            f"model.init.heads: {model.init.heads} heads do not divide hidden_size {model.init.hidden_size} into even parts."
+            f"model.init.heads: {model.init.heads} heads do not divide hidden_size {model.init.hidden_size} into even "
+            "widths; use another number of heads."
         )
     _check_model(model)
     _check_optim(recipe.optim)

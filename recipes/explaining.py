@@ -100,11 +100,8 @@ def _hint(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
     key, siblings = str(loc[-1]), list(fields_at(model, loc[:-1]) or {})
     if key in ELSEWHERE:
         return f" Here it is called {ELSEWHERE[key]}."
-    close = nearest(key, siblings)
-    if close.startswith(" Did"):
-        return close
     homes = [path for path in key_paths(model) if path.rpartition(".")[2] == key]
-    return f" It belongs to {homes[0]}." if homes else close
+    return f" There is {homes[0]}." if homes else nearest(key, siblings)
 
 
 def _need(loc: tuple[Any, ...], model: type[BaseModel]) -> str:

@@ -108,7 +108,9 @@ def _refuse_idle_method(written: dict[str, Any], data: dict[str, Any]) -> None:
     if before == after or before is None or after is None:
         return
     if _with_method({**data, "method": before})["objective"] == _with_method(data)["objective"]:
-        raise RecipeError(f"method: '{after}' changes nothing, the file sets every choice of it; remove them from `objective`.")
+        raise RecipeError(
+            f"method: '{after}' changes nothing, the file sets every choice of it; remove them from `objective`."
+        )
 
 
 def _with_evaluation_sampler(data: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def _with_evaluation_sampler(data: dict[str, Any], kind: str) -> dict[str, Any]:
     rollout = data.get("rollout")
     base = rollout.get("sampler") if isinstance(rollout, dict) else None
     if kind == "sft":
-        base = SftEvaluationSection().sampler.model_dump()
+        base = SftEvaluationSection.model_validate({}).sampler.model_dump()
     return {**data, "evaluation": {**evaluation, "sampler": merge(base, changes)}}
 
 

@@ -85,13 +85,13 @@ def decode(tokens_L: Tensor) -> str:
 
 
 def problem(rng: random.Random) -> tuple[str, str]:
-    """Return a prompt and its answer: `7 a+8 b*3` is (7 + 8) * 3 modulo 10, solved `a7+8=5`, `b5*3=5`, `#### 5`."""
+    """Return a prompt and its answer: `7 a+8 b-3` is (7 + 8) - 3 modulo 10, solved `a7+8=5`, `b5-3=2`, `#### 2`."""
     value = rng.randrange(10)
     words = [str(value)]
     for letter in "abcdefghi"[: rng.randint(5, 9)]:
-        operator, operand = rng.choice("+-*"), rng.randrange(10)
+        operator, operand = rng.choice("+-"), rng.randrange(10)
         words.append(f"{letter}{operator}{operand}")
-        value = {"+": value + operand, "-": value - operand, "*": value * operand}[operator] % 10
+        value = (value + operand if operator == "+" else value - operand) % 10
     return " ".join(words), str(value)
 
 

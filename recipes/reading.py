@@ -13,6 +13,7 @@ import yaml
 from .registry import RecipeError, nearest
 
 RESOLVED = "recipe.yaml"  # the name under which a run folder holds its resolved recipe
+SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
 NOT_RECIPES = {"methods"}
 
 
@@ -23,6 +24,8 @@ class StrictLoader(yaml.SafeLoader):
 def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys: set[str] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a word", key_node.start_mark)
@@ -79,7 +82,9 @@ def find_recipe(path_or_name: str | Path) -> tuple[str, str]:
     name = path.name.removesuffix(".yaml")
     if name in shipped and path.parent in (Path("."), Path("recipes")):
         return shipped[name], f"{name}.yaml"
-    raise RecipeError(f"recipe: there is no file '{path_or_name}' and no shipped recipe '{name}'.{nearest(name, list(shipped))}")
+    raise RecipeError(
+        f"recipe: there is no file '{path_or_name}' and no shipped recipe '{name}'.{nearest(name, list(shipped))}"
+    )
 
 
 def _read(path: Path) -> str:
@@ -155,4 +160,7 @@ def merge(base: Any, top: Any) -> Any:
         return top
     if "name" in top and top["name"] != base.get("name"):
         return dict(top)
-    return {key: merge(base[key], top[key]) if key in base and key in top else {**base, **top}[key] for key in {**base, **top}}
+    return {
+        key: merge(base[key], top[key]) if key in base and key in top else {**base, **top}[key]
+        for key in {**base, **top}
+    }

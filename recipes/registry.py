@@ -8,7 +8,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -38,9 +38,7 @@ def coerce(value: Any, annotation: Any, where: str) -> Any:
                 continue
     elif annotation in (type(None), None) and value is None:
         return None
-    elif origin is typing.Literal and value in args:
-        return value
-    elif annotation is bool and isinstance(value, bool):
+    elif (origin is typing.Literal and value in args) or (annotation is bool and isinstance(value, bool)):
         return value
     elif annotation is int and isinstance(value, int | float) and not isinstance(value, bool):
         if isinstance(value, int) or value.is_integer():
@@ -69,6 +67,7 @@ def coerce(value: Any, annotation: Any, where: str) -> Any:
 def _coerce_sequence(value: Any, kind: Any, args: tuple[Any, ...], where: str) -> Any:
     if not args:
         return kind(value)
+    pairs: Iterable[tuple[Any, Any]]
     if kind is tuple and args[-1] is not Ellipsis:
         if len(args) != len(value):
             raise RecipeError(f"{where}: {list(value)!r} has {len(value)} entries, {len(args)} are needed.")
@@ -107,14 +106,20 @@ class Slot:
         if ":" in name:
             module_name, _, attribute = name.partition(":")
             try:
-                return getattr(importlib.import_module(module_name), attribute)
-            except (ImportError, AttributeError) as error:
-                raise RecipeError(f"{self.name}: cannot import '{name}' ({error}).") from error
+                function = getattr(importlib.import_module(module_name), attribute)
+            except Exception as error:  # importing runs the user's code, which may raise anything
+                raise RecipeError(f"{self.name}: cannot import '{name}' ({type(error).__name__}: {error}).") from error
+            if not callable(function):
+                raise RecipeError(f"{self.name}: '{name}' is {function!r:.80}, not a function.")
+            return function
         raise RecipeError(f"{self.name}: unknown part '{name}'.{nearest(name, list(self._parts))}")
 
     def knobs(self, name: str) -> dict[str, inspect.Parameter]:
         """Return the keyword-only parameters of `name` that a recipe may set."""
-        parameters = inspect.signature(self.get(name), eval_str=True).parameters.values()
+        try:
+            parameters = inspect.signature(self.get(name), eval_str=True).parameters.values()
+        except (TypeError, NameError) as error:
+            raise RecipeError(f"{self.name}: the parameters of '{name}' cannot be read ({error}).") from error
         hidden = {"rng", "noise", "context"}
         return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in hidden}
 

@@ -8,13 +8,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+MARK = "unmask-slot"
+
 
 @dataclass(frozen=True)
 class InSlot:
-    """Marks a field as a part of the slot called `slot`; `extra` names keys beside it that are not its knobs."""
+    """Marks a field, or the items of a list, as parts of the slot called `slot`."""
 
     slot: str
-    extra: tuple[str, ...] = ()
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        """Leave the slot's name in the JSON schema, where `recipes.editor` puts the parts."""
+        return {MARK: self.slot}
 
 
 def whole(value: Any) -> Any:
@@ -33,8 +38,10 @@ def listed(value: Any) -> Any:
 
 
 Int = Annotated[int, BeforeValidator(whole)]
+TokenId = Annotated[int, Field(ge=0), BeforeValidator(whole)]
 Part = Annotated[dict[str, Any], BeforeValidator(named)]
 Tracker = Literal["none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab", "comet_ml", "clearml"]
+NO_TRACKER: list[Tracker] = ["none"]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -65,15 +72,19 @@ class ModelSection(Section):
     family: str | None = Field(None, description="checkpoint layout; null: recognised by config.json")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto: cuda if there is one")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(None, description="attention kernel; null: sdpa")
-    mask_token_id: Int | None = Field(None, ge=0, description="mask id; null: the one in config.json")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+        None, description="attention kernel; null: sdpa"
+    )
+    mask_token_id: TokenId | None = Field(None, description="mask id; null: the one in config.json")
     lora: LoraSection | None = Field(None, description="adapter; null trains all weights")
 
 
 class EosSection(Section):
     """What an end-of-sequence token does to a rollout."""
 
-    rule: Literal["stop", "none"] = Field("stop", description="stop: a row ends with its first EOS; none: the canvas is filled")
+    rule: Literal["stop", "none"] = Field(
+        "stop", description="stop: a row ends with its first EOS; none: the canvas is filled"
+    )
     suppress: bool = Field(False, description="EOS is never drawn, so every completion fills its canvas")
 
 
@@ -84,7 +95,9 @@ class SamplerSection(Section):
     score: Annotated[Part, InSlot("score")] = Field({"name": "confidence"}, description="how open positions are ranked")
     selection: Annotated[Part, InSlot("selection")] = Field({"name": "top"}, description="which of them are decided")
     score_temperature: float = Field(1.0, gt=0, description="temperature of the distribution that scores see")
-    eos: EosSection = Field(default_factory=lambda: EosSection(), description="rules for end-of-sequence tokens")
+    eos: EosSection = Field(
+        default_factory=lambda: EosSection.model_validate({}), description="rules for end-of-sequence tokens"
+    )
 
 
 class RolloutSection(Section):
@@ -129,13 +142,15 @@ class ObjectiveSection(Section):
     surrogate: Annotated[Part, InSlot("surrogate")] = Field(description="loss of a ratio and an advantage")
     weight: Annotated[Part, InSlot("weight")] = Field(description="weight of each scored token")
     advantage: Annotated[Part, InSlot("advantage")] = Field(description="from the rewards of a group to advantages")
-    divergence: Annotated[Part, InSlot("divergence")] = Field({"name": "k3"}, description="estimate of KL to the reference")
+    divergence: Annotated[Part, InSlot("divergence")] = Field(
+        {"name": "k3"}, description="estimate of KL to the reference"
+    )
     beta: float = Field(0.0, ge=0, description="weight of the divergence; 0 needs no reference")
     reference: Literal["auto", "adapter_off", "frozen_copy", "none"] = Field(
         "auto", description="auto: none at beta 0, else adapter_off with LoRA and frozen_copy without"
     )
     correction: Annotated[CorrectionSection, BeforeValidator(named)] = Field(
-        default_factory=lambda: CorrectionSection(), description="off-policy correction"
+        default_factory=lambda: CorrectionSection.model_validate({}), description="off-policy correction"
     )
     inner_steps: Int = Field(1, ge=1, description="optimizer steps on each batch of rollouts")
     old: Literal["rollout", "recompute"] = Field("rollout", description="where the ratio's denominator comes from")
@@ -173,7 +188,7 @@ class RunSection(Section):
     save_every: Int = Field(0, ge=0, description="optimizer steps between checkpoints; 0: only at the end")
     keep: Int = Field(2, ge=1, description="checkpoints kept on disk")
     report_to: Annotated[list[Tracker], BeforeValidator(listed)] = Field(
-        default_factory=lambda: ["none"], description="trackers besides metrics.jsonl"
+        default_factory=lambda: list(NO_TRACKER), description="trackers besides metrics.jsonl"
     )
     log_rollouts_every: Int = Field(10, ge=0, description="batches between stored rollouts (parquet); 0: never")
 
@@ -186,14 +201,18 @@ class Recipe(Section):
     model: ModelSection = Field(description="the denoiser")
     task: Annotated[Part, InSlot("task")] = Field(description="problems")
     rollout: RolloutSection = Field(description="one batch of rollouts")
-    rewards: list[Annotated[RewardEntry, InSlot("reward", ("weight",)), BeforeValidator(named)]] = Field(
+    rewards: list[Annotated[RewardEntry, InSlot("reward"), BeforeValidator(named)]] = Field(
         min_length=1, description="rewards and their weights"
     )
     method: str | None = Field(None, description="row of methods.yaml that fills `objective` (unmask methods)")
     objective: ObjectiveSection = Field(description="the objective; wins over the method's row")
     optim: OptimSection = Field(description="optimizer")
-    evaluation: EvaluationSection = Field(default_factory=lambda: EvaluationSection(), description="held-out evaluation")
-    run: RunSection = Field(default_factory=lambda: RunSection(), description="seeds, checkpoints, logs")
+    evaluation: EvaluationSection = Field(
+        default_factory=lambda: EvaluationSection.model_validate({}), description="held-out evaluation"
+    )
+    run: RunSection = Field(
+        default_factory=lambda: RunSection.model_validate({}), description="seeds, checkpoints, logs"
+    )
 
 
 class InitSection(Section):
@@ -215,8 +234,10 @@ class SftModelSection(Section):
     family: str | None = Field(None, description="checkpoint layout; null: recognised by config.json")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto: cuda if there is one")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(None, description="attention kernel; null: sdpa")
-    mask_token_id: Int | None = Field(None, ge=0, description="mask id; null: the one in config.json")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+        None, description="attention kernel; null: sdpa"
+    )
+    mask_token_id: TokenId | None = Field(None, description="mask id; null: the one in config.json")
 
 
 class SftTask(Section):
@@ -234,7 +255,9 @@ class SftSection(Section):
     """The masked-diffusion cross-entropy."""
 
     batch: Int = Field(64, ge=1, description="rows an optimizer step, all ranks together")
-    mask: Literal["exact", "bernoulli"] = Field("exact", description="exact: k ~ U{1..L} hidden; bernoulli: each with t")
+    mask: Literal["exact", "bernoulli"] = Field(
+        "exact", description="exact: k ~ U{1..L} hidden; bernoulli: each with t"
+    )
     full_canvas: float = Field(0.3, ge=0, le=1, description="share of batches padded to the whole canvas with EOS")
 
 
@@ -245,7 +268,9 @@ class SftEvaluationSection(Section):
     problems: Int = Field(256, ge=1, description="held-out problems of each task")
     temperature: float = Field(0.0, ge=0, description="temperature of the draw; 0: the likeliest token")
     sampler: SamplerSection = Field(
-        default_factory=lambda: SamplerSection(schedule={"name": "blocks", "size": 16, "per_step": 1}),
+        default_factory=lambda: SamplerSection.model_validate(
+            {"schedule": {"name": "blocks", "size": 16, "per_step": 1}}
+        ),
         description="sampler of the evaluation (default: blocks of 16, one token a step)",
     )
 
@@ -257,9 +282,11 @@ class SftRecipe(Section):
     name: RunName = Field(description="name of the run and of its folder")
     model: SftModelSection = Field(description="the denoiser")
     tasks: list[SftTask] = Field(min_length=1, description="mixture of tasks")
-    sft: SftSection = Field(default_factory=lambda: SftSection(), description="loss and batches")
+    sft: SftSection = Field(default_factory=lambda: SftSection.model_validate({}), description="loss and batches")
     optim: OptimSection = Field(description="optimizer")
     evaluation: SftEvaluationSection = Field(
-        default_factory=lambda: SftEvaluationSection(), description="held-out evaluation"
+        default_factory=lambda: SftEvaluationSection.model_validate({}), description="held-out evaluation"
     )
-    run: RunSection = Field(default_factory=lambda: RunSection(), description="seeds, checkpoints, logs")
+    run: RunSection = Field(
+        default_factory=lambda: RunSection.model_validate({}), description="seeds, checkpoints, logs"
+    )

@@ -57,9 +57,9 @@ def judge_arithmetic(text: str, gold: Any, extract: Extract = "hash") -> Verdict
 def _gold(value: Any) -> Fraction | None:
     if isinstance(value, str):
         return parse_number(value)
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not isinstance(value, Real):
         return None
     try:
         return Fraction(str(value))  # through its decimal text: the float 0.1 means one tenth
-    except ValueError:
+    except ValueError:  # nan, inf, True
         return None

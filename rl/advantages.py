@@ -1,8 +1,8 @@
 """Advantages: how much better a rollout did than the other rollouts of its group (prompt), by group id.
 
-Shapes: `reward_B` and `group_B` (any integers, in any order, groups of any size, whole on one rank) give `advantage_B`
-in the reward's dtype. A NaN reward does not apply: it enters no mean, and its advantage is NaN, which the objective reads
-as "no gradient and no weight". Sums run in float64, so that equal rewards give exactly 0.
+Shapes: `reward_B` and `group_B` (any integers, in any order, groups of any size, whole on one rank) give
+`advantage_B` in the reward's dtype. A NaN reward does not apply: it enters no mean, and its advantage is NaN, which the
+objective reads as "no gradient and no weight". Sums run in float64, so that equal rewards give exactly 0.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ def leave_one_out(reward_B: Tensor, group_B: Tensor) -> Tensor:
 def _prepare(reward_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (reward with 0 for NaN, which apply, dense group index); ValueError for infinite rewards."""
     if reward_B.shape != group_B.shape:
-        raise ValueError(f"advantage: {tuple(reward_B.shape)} rewards and {tuple(group_B.shape)} group ids differ in shape.")
+        shapes = f"{tuple(reward_B.shape)} and {tuple(group_B.shape)}"
+        raise ValueError(f"advantage: rewards and group ids have shapes {shapes}; one of each a rollout is needed.")
     if bool(reward_B.isinf().any()):
         row = int(reward_B.isinf().nonzero()[0])
-        raise ValueError(f"advantage: the reward of rollout {row} is {reward_B[row].item()}; rewards must be finite or None.")
+        raise ValueError(f"advantage: the reward of row {row} is {reward_B[row].item()}; rewards are finite or None.")
     applies_B = ~reward_B.isnan()
     return reward_B.double().nan_to_num(0.0), applies_B, torch.unique(group_B, return_inverse=True)[1]
 

@@ -17,7 +17,6 @@ from ..recipes.registry import RecipeError
 app = typer.Typer(
     name="unmask",
     help="Reinforcement-learning post-training of diffusion language models. A run is one YAML recipe.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -26,9 +25,7 @@ app = typer.Typer(
 USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 RecipeArguments = Annotated[list[str], typer.Argument(metavar="RECIPE [KEY.PATH=VALUE]...", show_default=False)]
-OptionalRecipe = Annotated[
-    list[str] | None, typer.Argument(metavar="[RECIPE] [KEY.PATH=VALUE]...", show_default=False)
-]
+OptionalRecipe = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY.PATH=VALUE]...", show_default=False)]
 TargetArguments = Annotated[
     list[str], typer.Argument(metavar="RUN_OR_MODEL_OR_RECIPE [KEY.PATH=VALUE]...", show_default=False)
 ]
@@ -43,7 +40,9 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     return [argument for argument in arguments if "=" not in argument], overrides
 
 
-def _one_target(arguments: list[str] | None, what: str = "recipe", otherwise: Path | None = None) -> tuple[str, list[str]]:
+def _one_target(
+    arguments: list[str] | None, what: str = "recipe", otherwise: Path | None = None
+) -> tuple[str, list[str]]:
     names, overrides = split_arguments(arguments or [])
     if not names and otherwise is not None:
         names = [str(otherwise)]
@@ -75,17 +74,23 @@ def _write_json(path: Path | None, value: Any) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _top(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         typer.echo(f"unmask {__version__}")
-        raise typer.Exit()
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
 def train(
     arguments: OptionalRecipe = None, nproc: Processes = 1, resume: Resume = None, json_file: JsonFile = None
 ) -> None:
-    """Train by reinforcement learning; with --resume alone, the run's own recipe is used."""
+    """Train by reinforcement learning.
+
+    With --resume alone, the run's own recipe is used.
+    """
     target, overrides = _one_target(arguments, otherwise=resume)
     _check_output(json_file)
     recipe = _load(target, overrides, "rl")
@@ -101,7 +106,7 @@ def train(
 def sft(
     arguments: OptionalRecipe = None, nproc: Processes = 1, resume: Resume = None, json_file: JsonFile = None
 ) -> None:
-    """Train by supervision on worked solutions (recipes of kind sft)."""
+    """Train on worked solutions (recipes of kind sft)."""
     target, overrides = _one_target(arguments, otherwise=resume)
     _check_output(json_file)
     recipe = _load(target, overrides, "sft")
@@ -119,7 +124,10 @@ def evaluate(
     problems: Annotated[int | None, typer.Option("--problems", min=1, help="Held-out problems.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure the held-out exact rate with its standard error, NFE and tokens a second."""
+    """Measure the held-out exact rate.
+
+    Reported with n, standard error, NFE and tokens a second.
+    """
     target, overrides = _one_target(arguments, "run, model or recipe")
     _check_output(json_file)
     from . import run
@@ -145,7 +153,10 @@ def check(
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the recipe with every default as YAML.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Check a recipe and print what it will do; reads no weights."""
+    """Check a recipe without reading weights.
+
+    Prints what the run will do: canvas, NFE at most, rollouts and forwards a step.
+    """
     target, overrides = _one_target(arguments)
     _check_output(json_file)
     from ..recipes.loading import dump_recipe, load_recipe
@@ -162,7 +173,10 @@ def check(
 
 @app.command()
 def parts(slot: Annotated[str | None, typer.Argument(show_default=False)] = None) -> None:
-    """List the parts of every slot, or of one, with their knobs and defaults."""
+    """List parts, their knobs and defaults.
+
+    Of every slot, or of the one that is named.
+    """
     from .cli_summary import print_parts
 
     print_parts(slot)
@@ -170,7 +184,7 @@ def parts(slot: Annotated[str | None, typer.Argument(show_default=False)] = None
 
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(show_default=False)] = None) -> None:
-    """List the named methods, or show the choices of one."""
+    """List methods, or show the choices of one."""
     from .cli_summary import print_methods
 
     print_methods(name)
@@ -182,7 +196,10 @@ def cp(
     target: Annotated[Path | None, typer.Argument(show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the target.")] = False,
 ) -> None:
-    """Copy a shipped recipe to a file of your own; without arguments, list the shipped recipes."""
+    """Copy a shipped recipe to a file of your own.
+
+    Without arguments, the shipped recipes are listed.
+    """
     from .cli_summary import copy_recipe, print_recipes
 
     if recipe is None:
@@ -194,9 +211,11 @@ def cp(
 
 @app.command()
 def schema(
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="File to write; default: standard output.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="File to write; default: standard output.")
+    ] = None,
 ) -> None:
-    """Write the JSON schema of recipes, for completion and checks in editors."""
+    """Write the JSON schema of recipes for editors."""
     from ..recipes.editor import schema_text
 
     _check_output(out)
@@ -208,7 +227,7 @@ def schema(
 
 @app.command()
 def doctor(json_file: JsonFile = None) -> None:
-    """Print versions, devices and launch settings, and what is wrong with them."""
+    """Print versions, devices and what is wrong."""
     _check_output(json_file)
     from .doctor import doctor as examine
 

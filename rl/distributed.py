@@ -60,3 +60,9 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], *, average: bool) -> No
     for parameter in trainable:
         parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
         offset += parameter.numel()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if active():
+        dist.barrier()

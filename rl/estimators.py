@@ -27,13 +27,14 @@ def trace(
     k: int | None = None,
     tokens: Literal["until_eos", "all"] = "until_eos",
 ) -> Views:
-    """Every token on the very canvas on which it was drawn: log p(trajectory) = sum over steps of its actions' log-probs.
+    """Every token on the very canvas it was drawn on: log p(trajectory) = sum over steps of their actions' log-probs.
 
-    The only unbiased estimator of the policy gradient (trajectory_rl.md sections 4.4 and 8). `uniform_k` keeps k of a rollout's S_b
-    steps, drawn uniformly without replacement, each with inclusion probability k / S_b. Only steps that
-    commit an action count: `until_eos` leaves out what lies behind the first EOS, `all` nothing. `context` is the
-    sampler; where it draws before it selects, and records that exactly, the choice of positions is an action as well.
-    The draw is keyed by rollout id and step, so batch composition and ranks do not change it.
+    With `tokens` `all` the policy gradient is unbiased (samplers.md sections 1.1-1.3); `until_eos` leaves out what lies
+    behind the first EOS, unbiased where nothing there changes what comes before it. Only steps that commit an action
+    count as views. `uniform_k` keeps k of a rollout's S_b views, drawn uniformly without replacement, each with
+    inclusion probability min(1, k / S_b) (trajectory_rl.md section 8); the draw is keyed by rollout id and step, so that
+    batch composition and ranks do not change it. `context` is the sampler; where it draws before it selects and records
+    that exactly, the choice of positions is an action as well.
     """
     check_steps(steps, k)
     action_BL = trajectory.action_BL(tokens)

@@ -13,6 +13,8 @@ from ..rollouts.sampler import LogitSource, choice_logprob, window_logits
 from ..rollouts.trajectory import SAMPLED
 from .views import Views
 
+IMPOSSIBLE = -100.0  # nats; stands for log 0 of a recorded choice that the policy can no longer make
+
 
 class Scores(NamedTuple):
     """`logprob_A` of the actions (K tokens, then C choices, see `Views.actions`) and `entropy_K`, both in nats."""
@@ -66,7 +68,16 @@ def _choices(views: Views, logits_WV: Tensor, window_NL: Tensor) -> Tensor:
         odds_MV = log_odds(log_probs(logits_MV, temperature=sampler.score_temperature, banned=banned))
         target_M = trajectory.tokens_BL[views.row_N][chosen_NL]
         score_NL[chosen_NL] = odds_MV.gather(1, target_M[:, None]).squeeze(1)
-    return choice_logprob(logits_WV, score_NL, chosen_NL, window_NL, sampler, banned)
+    choice_N = choice_logprob(logits_WV, score_NL, chosen_NL, window_NL, sampler, banned)
+    possible_N = choice_N > -torch.inf
+    if bool(possible_N.all()) or bool(choice_N.isnan().any()):
+        return choice_N
+    # Every token of a position left open beats the bar now: the ratio is 0 and so is its gradient, whereas that of
+    # log 0 is NaN. Only the other views are differentiated.
+    kept_WV = logits_WV[possible_N[window_NL.nonzero()[:, 0]]]
+    kept = (score_NL[possible_N], chosen_NL[possible_N], window_NL[possible_N])
+    index_N = possible_N.nonzero()[:, 0]
+    return torch.full_like(choice_N, IMPOSSIBLE).index_copy(0, index_N, choice_logprob(kept_WV, *kept, sampler, banned))
 
 
 @torch.no_grad()

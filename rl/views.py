@@ -27,11 +27,11 @@ class Actions(NamedTuple):
 class Views:
     """N canvases of a trajectory and the K tokens that are scored on them.
 
-    A view is the canvas before step `step_N` of rollout `row_N`; it is rebuilt when it is scored, so memory is that of
-    the K <= B x L tokens and does not grow with the number of steps. `view_K` (ascending), `position_K` (ascending inside
-    a view) and `target_K` list the tokens. `inclusion_N` is the probability with which the estimator kept the view;
-    `count_B` tokens and `views_B` views are what it would score of a rollout if it kept all. With a `sampler` each
-    view has one more action, the choice of its positions (samplers.md section 1.3).
+    A view is the canvas before step `step_N` of rollout `row_N`. It is rebuilt when it is scored, a chunk at a time: no
+    N x L table exists, and memory is that of the K <= B x L tokens however many steps there were. `view_K` (ascending),
+    `position_K` (ascending inside a view) and `target_K` list the tokens. `inclusion_N` is the probability with which
+    the estimator kept the view; `count_B` tokens and `views_B` views are what it would score of a rollout if it kept
+    all. With a `sampler` each view has one more action, the choice of its positions (samplers.md section 1.3).
     """
 
     trajectory: Trajectory

@@ -26,8 +26,8 @@ def uniform(views: Views) -> tuple[Tensor, Tensor]:
 def per_step_mean(views: Views) -> tuple[Tensor, Tensor]:
     """1 / (n_{b,t} S_b): a mean over rollouts of the mean over steps of the mean over a step's tokens.
 
-    CJ-GRPO's objective, "Taming Masked Diffusion Language Models", eq. 11 (trajectory_rl.md section 4.4): n_{b,t} tokens
-    at step t of rollout b, S_b steps with any. The mass of a rollout is 1, and 0 without a scored token.
+    CJ-GRPO's objective, "Taming Masked Diffusion Language Models", eq. 11 (trajectory_rl.md section 4.4): n_{b,t}
+    tokens at step t of rollout b, S_b steps with any. The mass of a rollout is 1, and 0 without a scored token.
     """
     count_N = torch.bincount(views.view_K, minlength=len(views))
     share_N = 1.0 / (count_N * views.views_B[views.row_N] * views.inclusion_N)

@@ -95,7 +95,7 @@ class RolloutWorker:
         """Return the trajectories of `group` completions of every row, in row order."""
         if not rows:
             raise RecipeError("rollout: there are no task rows to roll out; the dataset is empty.")
-        prompts = [self._prompt(row, index) for index, row in enumerate(rows)]
+        prompts = [self.prompt(row, index) for index, row in enumerate(rows)]
         owner_B = torch.arange(len(rows)).repeat_interleave(self.group)
         rollout_id_B = torch.arange(len(owner_B)) + first_id * self.group
         device = getattr(self.denoiser, "device", torch.device("cpu"))
@@ -126,7 +126,8 @@ class RolloutWorker:
         ]
         return ids, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    def _prompt(self, row: Row, index: int) -> list[int]:
+    def prompt(self, row: Row, index: int = 0) -> list[int]:
+        """Return the ids of a row's prompt; RecipeError when they exceed `prompt_limit`."""
         ids = prompt_ids(self.tokenizer, row["prompt"])
         if len(ids) > self.prompt_limit:
             raise RecipeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ from unmask.policies.denoiser import Denoiser, load_denoiser
 from unmask.policies.tokenizers import byte_tokenizer, prompt_ids
 from unmask.recipes import minimal, tasks
 from unmask.rewards.mathematics import judge_arithmetic
+from unmask.rl.advantages import group_mean
+from unmask.rl.estimators import trace
+from unmask.rl.objective import build_objective
+from unmask.rl.replay import replay_all
 from unmask.rollouts.sampler import Sampler, build_sampler, denoise, window_logits
 from unmask.rollouts.trajectory import PAD, SAMPLED, Trajectory
 
-PROMPTS = ["7 a+8 b*3", "1 a-4 b*9 c+2 d+5", "0 a*3"]
+PROMPTS = ["7 a+8 b-3", "1 a-4 b+9 c+2 d-5", "0 a-3"]
 LENGTH, BLOCK, PER_STEP = 16, 8, 2
 BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
@@ -88,13 +93,16 @@ def sampler(temperature: float) -> Sampler:
     return build_sampler({"schedule": schedule, "score": "confidence", "selection": "top"}, temperature=temperature)
 
 
-def rollouts(model: LlamaForCausalLM, temperature: float = 1.0, group: int = 4) -> minimal.Rollouts:
+def rollouts(model: LlamaForCausalLM, temperature: float = 1.0, group: int = 6) -> minimal.Rollouts:
+    """Return rollouts of which at least two, but not all, end with an EOS that stands before the last position."""
     prompt_BQ = minimal.encode([p for p in PROMPTS for _ in range(group)])
-    noise = torch.Generator().manual_seed(3)
-    batch = minimal.rollout(model, prompt_BQ, noise, LENGTH, BLOCK, PER_STEP, temperature)
-    # A random model hardly ever ends: put EOS where two rollouts drew something else.
-    batch.tokens_BL[0, 5] = batch.tokens_BL[4, 11] = minimal.EOS
-    return batch
+    for seed in range(100):
+        noise = torch.Generator().manual_seed(seed)
+        batch = minimal.rollout(model, prompt_BQ, noise, LENGTH, BLOCK, PER_STEP, temperature)
+        ended_B = (batch.tokens_BL[:, :-1] == minimal.EOS).any(dim=1)
+        if 2 <= int(ended_B.sum()) < len(ended_B):
+            return batch
+    raise AssertionError("no seed ends two rollouts")
 
 
 def as_trajectory(batch: minimal.Rollouts, temperature: float) -> Trajectory:
@@ -195,6 +203,75 @@ def test_logits_are_the_librarys(denoiser: Denoiser, plain: LlamaForCausalLM) ->
     others = [v for v in range(261) if v != minimal.MASK]
     assert relative(ours_KV[:, others], theirs_KV[:, others]) < 1e-6
     assert float(ours_KV[:, others].std()) > 0.5, "flat logits would compare nothing"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_the_librarys(denoiser: Denoiser, plain: LlamaForCausalLM, temperature: float) -> None:
+    batch = rollouts(plain, temperature)
+    views = trace(as_trajectory(batch, temperature), rng=None)
+    theirs_K = replay_all(denoiser, views, 5).logprob_A
+    ours_K = batch.logprob_BL[views.row_K, views.position_K]
+    assert 150 < len(ours_K) < batch.tokens_BL.numel(), "some tokens stand behind an EOS"
+    assert relative(ours_K, theirs_K) < 1e-6
+    assert float((ours_K - theirs_K).abs().max()) < 1e-4
+
+
+OBJECTIVE = {
+    "estimator": "trace",
+    "unit": "token",
+    "bound": "sum",
+    "surrogate": {"name": "ppo_clip", "low": 0.2, "high": 0.2},
+    "weight": "per_step_mean",
+    "beta": 0.0,
+    "chunk": 7,
+}
+
+
+@torch.no_grad()
+def move(model: LlamaForCausalLM) -> None:
+    """Change the weights as an earlier inner step would, so that ratios differ from 1 and some are clipped."""
+    noise = torch.Generator().manual_seed(9)
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=noise) * parameter.abs().mean()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("moved", [False, True], ids=["first pass", "second pass"])
+def test_loss_and_gradient_are_the_librarys(
+    denoiser: Denoiser, plain: LlamaForCausalLM, temperature: float, moved: bool
+) -> None:
+    batch = rollouts(plain, temperature)
+    noise = torch.Generator().manual_seed(4)
+    reward_B = torch.randint(0, 2, (len(batch.tokens_BL),), generator=noise).float()
+    reward_B[:6] = 1.0  # a group that agrees has advantage 0, and still counts in the mean over rollouts
+    group_B = torch.arange(len(PROMPTS)).repeat_interleave(6)
+    advantage_B = reward_B - reward_B.view(-1, 6).mean(dim=1).repeat_interleave(6)
+    assert torch.allclose(advantage_B, group_mean(reward_B, group_B), atol=1e-7)
+    objective = build_objective(OBJECTIVE)
+    trajectory = as_trajectory(batch, temperature)
+    plan = objective.plan(denoiser, None, trajectory, advantage_B, rng=None, sampler=sampler(temperature))
+    if moved:
+        move(plain)
+        move(denoiser.model)
+    stats = objective.backward(denoiser, plan)
+    loss, deviation = minimal.backward(plain, batch, advantage_B, clip=0.2, temperature=temperature)
+    assert (stats["clip_fraction"] > 0.02) == moved, "a second pass in which nothing is clipped compares too little"
+    assert loss == pytest.approx(stats["loss"], rel=1e-5, abs=1e-6)
+    assert deviation == pytest.approx(stats["ratio_max_deviation"], rel=1e-4, abs=1e-5)
+    assert (deviation < 1e-5) != moved
+    theirs = {name: p.grad for name, p in denoiser.model.named_parameters() if p.grad is not None}
+    ours = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    assert ours.keys() == theirs.keys() == {name for name, _ in plain.named_parameters()}
+    for name in ours:
+        assert relative(ours[name], theirs[name]) < 1e-5, name
+
+
+def test_it_runs(folder: Path) -> None:
+    options = ["--model", str(folder), "--updates", "2", "--prompts", "2", "--group", "2"]
+    run = subprocess.run([sys.executable, minimal.__file__, *options], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 2 and all("solved" in line for line in lines)
 
 
 def test_greedy_rollouts_are_the_librarys(denoiser: Denoiser, plain: LlamaForCausalLM) -> None:

@@ -1,0 +1,72 @@
+"""LoRA adapters by peft: attached with a keyed initialisation, checked, named, merged."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from ..recipes.registry import RecipeError, nearest
+from .denoiser import Denoiser
+
+logger = logging.getLogger(__name__)
+
+
+def lora_config(
+    denoiser: Denoiser, *, rank: int = 16, alpha: float = 0.0, dropout: float = 0.0, targets: list[str] | None = None
+) -> LoraConfig:
+    """Return peft's config over the family's linear layers, or `targets`; `alpha` 0 means 2 x rank."""
+    return LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if alpha else 2 * rank,
+        lora_dropout=dropout,
+        target_modules=list(targets or denoiser.family.lora_targets),
+        bias="none",
+    )
+
+
+def attach_adapter(denoiser: Denoiser, config: Any, *, seed: int = 0) -> Denoiser:
+    """Return the denoiser with a new adapter, only which is trainable; logs the adapted modules.
+
+    Raises RecipeError for a target that matches nothing, or the LM head, which rollouts call on its own.
+    """
+    check_targets(denoiser.base, config.target_modules)
+    # peft draws the adapter's first factor from the global generator: give it one of ours for the moment.
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        model = get_peft_model(denoiser.model, config)
+    names = adapted_modules(model)
+    kinds = sorted({name.rpartition(".")[2] for name in names})
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("LoRA rank %d on %d modules (%s), %d parameters", config.r, len(names), ", ".join(kinds), trainable)
+    return replace(denoiser, model=model.eval())
+
+
+def check_targets(model: nn.Module, targets: Any) -> None:
+    """Raise RecipeError unless every target names at least one linear layer other than the LM head."""
+    if isinstance(targets, str):  # a regular expression or "all-linear": peft itself refuses what matches nothing
+        return
+    leaves = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    paths = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in sorted(targets):
+        hits = [path for path in paths if path == target or path.endswith(f".{target}")]
+        if not hits:
+            raise RecipeError(f"model.lora.targets: '{target}' matches no linear layer.{nearest(target, leaves)}")
+        if "lm_head" in hits:
+            raise RecipeError("model.lora.targets: 'lm_head' cannot be adapted; choose attention and MLP layers.")
+
+
+def adapted_modules(model: PeftModel) -> list[str]:
+    """Return the full names of the modules that carry an adapter."""
+    return sorted(name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A"))
+
+
+def merged(denoiser: Denoiser) -> Denoiser:
+    """Return the denoiser with its adapter merged into the weights (in place), or itself without one."""
+    if not isinstance(denoiser.model, PeftModel):
+        return denoiser
+    return replace(denoiser, model=denoiser.model.merge_and_unload())

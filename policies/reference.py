@@ -1,0 +1,50 @@
+"""Frozen companions of the policy: the same model with its adapter off, or a copy."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..recipes.registry import RecipeError
+from .denoiser import Denoiser
+from .families import Family
+
+
+@dataclass
+class AdapterOff:
+    """The policy's base model: its logits with the adapter disabled, at no extra memory."""
+
+    policy: Denoiser
+
+    @property
+    def family(self) -> Family:
+        """The policy's family."""
+        return self.policy.family
+
+    @torch.no_grad()
+    def logits(
+        self, input_ids_BT: Tensor, *, padding_mask_BT: Tensor | None = None, positions_BT: Tensor | None = None
+    ) -> Tensor:
+        """Return the base model's logits, as `Denoiser.logits`."""
+        with self.policy.model.disable_adapter():
+            return self.policy.logits(input_ids_BT, padding_mask_BT=padding_mask_BT, positions_BT=positions_BT)
+
+
+def build_reference(policy: Denoiser, kind: str, *, beta: float) -> AdapterOff | Denoiser | None:
+    """Return the reference named `auto`, `adapter_off`, `frozen_copy` or `none`; None where beta is 0."""
+    adapted = hasattr(policy.model, "disable_adapter")
+    if kind == "none" or beta == 0:
+        return None
+    if kind == "auto":
+        kind = "adapter_off" if adapted else "frozen_copy"
+    if kind == "adapter_off":
+        if not adapted:
+            raise RecipeError("objective.reference: adapter_off needs model.lora; use frozen_copy without an adapter.")
+        return AdapterOff(policy)
+    if kind == "frozen_copy":
+        model = copy.deepcopy(policy.model).eval().requires_grad_(False)
+        return replace(policy, model=model)
+    raise RecipeError(f"objective.reference: '{kind}' is not one of auto, adapter_off, frozen_copy, none.")

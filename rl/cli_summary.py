@@ -1,0 +1,199 @@
+"""What `unmask check | parts | methods | cp` print; no weights are read."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+from ..recipes.crosschecks import check_data, notes, step_limit
+from ..recipes.loading import import_parts, load_methods
+from ..recipes.reading import SCHEMA_FILE, shipped_recipes
+from ..recipes.registry import SLOTS, RecipeError, nearest
+from ..recipes.schema import Recipe, SamplerSection, SftRecipe
+
+
+def console() -> Console:
+    """Return a console that wraps at the terminal's width and prints brackets as they are."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def words(choice: dict[str, Any]) -> str:
+    """Return a part and its knobs as `name(knob=value, ...)`, without knobs that are null."""
+    knobs = [f"{key}={value}" for key, value in choice.items() if key not in ("name", "weight") and value is not None]
+    return f"{choice['name']}({', '.join(knobs)})" if knobs else str(choice["name"])
+
+
+def summary(recipe: Recipe | SftRecipe, target: str) -> dict[str, Any]:
+    """Return what a recipe will do, key by key, with the state of its data and the next command."""
+    facts = _sft_facts(recipe) if isinstance(recipe, SftRecipe) else _rl_facts(recipe)
+    facts["notes"] = notes(recipe)
+    missing = _missing_file(recipe)
+    if missing is None:
+        check_data(recipe)
+        facts["data"] = "rows have a prompt and every column the rewards need"
+    else:
+        facts["data"] = f"not checked: there is no file '{missing}' yet"
+    command = "sft" if isinstance(recipe, SftRecipe) else "train"
+    facts["next"] = f"unmask {command} {target}" if missing is None else f"put the data at {missing}"
+    return facts
+
+
+def _missing_file(recipe: Recipe | SftRecipe) -> str | None:
+    """Return the first dataset file that does not exist: a recipe can be checked before its data are there."""
+    choices = [recipe.task] if isinstance(recipe, Recipe) else [entry.task for entry in recipe.tasks]
+    paths = [choice.get(key) for choice in choices if choice["name"] == "jsonl" for key in ("path", "heldout_path")]
+    return next((path for path in paths if path is not None and not Path(path).expanduser().is_file()), None)
+
+
+def _rl_facts(recipe: Recipe) -> dict[str, Any]:
+    rollout, objective, lora = recipe.rollout, recipe.objective, recipe.model.lora
+    rollouts, nfe = rollout.prompts * rollout.group, step_limit(rollout.sampler, rollout.canvas)
+    trained = "all weights" if lora is None else f"LoRA rank {lora.rank}, alpha {lora.alpha:g}"
+    views = rollouts * min(nfe, objective.estimator.get("k") or nfe)
+    # One pass finds the ratios of units that span views, a second one has the gradient.
+    passes = 2 if getattr(SLOTS["unit"].get(objective.unit["name"]), "spans_views", False) else 1
+    once = views * ((objective.old == "recompute") + (objective.beta > 0))
+    forwards = views * passes + (once + rollouts * nfe) / objective.inner_steps
+    evaluation = recipe.evaluation.sampler or rollout.sampler
+    temperature = rollout.temperature if recipe.evaluation.temperature is None else recipe.evaluation.temperature
+    return {
+        "recipe": recipe.name,
+        "model": f"{recipe.model.path}, {recipe.model.dtype}, {trained}",
+        "task": words(recipe.task),
+        "rewards": ", ".join(f"{entry.weight:g} x {words(entry.model_dump())}" for entry in recipe.rewards),
+        "method": recipe.method or "written out in objective",
+        "objective": _objective_words(recipe),
+        "sampler": f"{_sampler_words(rollout.sampler)}, temperature {rollout.temperature:g}",
+        "canvas": rollout.canvas,
+        "nfe_at_most": nfe,
+        "rollouts_a_batch": rollouts,
+        "updates_a_batch": objective.inner_steps,
+        "forwards_an_update_at_most": round(forwards),
+        "updates": recipe.optim.steps,
+        "rollouts": rollouts * -(-recipe.optim.steps // objective.inner_steps),
+        "evaluation": f"{recipe.evaluation.problems} problems, {_sampler_words(evaluation)}, "
+        f"temperature {temperature:g}",
+    }
+
+
+def _sft_facts(recipe: SftRecipe) -> dict[str, Any]:
+    evaluation, share = recipe.evaluation, sum(entry.weight for entry in recipe.tasks)
+    init, nfe = recipe.model.init, {e.task["name"]: step_limit(evaluation.sampler, e.canvas) for e in recipe.tasks}
+    model = recipe.model.path if init is None else f"new: {', '.join(f'{k} {v}' for k, v in init.model_dump().items())}"
+    return {
+        "recipe": recipe.name,
+        "model": f"{model}, {recipe.model.dtype}",
+        "tasks": ", ".join(f"{e.weight / share:.0%} {words(e.task)} on {e.canvas}" for e in recipe.tasks),
+        "loss": f"masked-diffusion cross-entropy, {recipe.sft.mask} masks, full canvas in {recipe.sft.full_canvas:.0%}",
+        "canvas": max(entry.canvas for entry in recipe.tasks),
+        "nfe_at_most": max(nfe.values()),
+        "updates": recipe.optim.steps,
+        "rows": recipe.optim.steps * recipe.sft.batch,
+        "evaluation": f"{evaluation.problems} problems a task, {_sampler_words(evaluation.sampler)}",
+    }
+
+
+def _sampler_words(sampler: SamplerSection) -> str:
+    return " / ".join(words(choice) for choice in (sampler.schedule, sampler.score, sampler.selection))
+
+
+def _objective_words(recipe: Recipe) -> str:
+    o = recipe.objective
+    choices = [words(choice) for choice in (o.estimator, o.unit, o.surrogate, o.weight, o.advantage)]
+    return ", ".join([*choices, f"{o.bound} in a unit", f"beta {o.beta:g} x {words(o.divergence)}"])
+
+
+def print_summary(facts: dict[str, Any]) -> None:
+    """Print the facts as a table, then the notes and the next command."""
+    out = console()
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        if key not in ("notes", "next"):
+            table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    out.print(table)
+    for note in facts["notes"]:
+        out.print(f"note: {note}", soft_wrap=True)
+    out.print(f"ok; next: {facts['next']}", soft_wrap=True)
+
+
+def print_parts(slot: str | None) -> None:
+    """Print every part of `slot` (None: of all slots) with knobs, defaults and the first line of its docstring."""
+    if slot is not None and slot not in SLOTS:
+        raise RecipeError(f"parts: unknown slot '{slot}'.{nearest(slot, list(SLOTS))}")
+    out = console()
+    for name in [slot] if slot is not None else list(SLOTS):
+        import_parts(name)
+        table = Table(title=f"{name}   {SLOTS[name].signature}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for heading in ("part", "knobs", "what it is"):
+            table.add_column(heading, overflow="fold", style="bold" if heading == "part" else "")
+        for part in SLOTS[name]:
+            line = (inspect.getdoc(SLOTS[name].get(part)) or "").partition("\n")[0]
+            table.add_row(part, "\n".join(map(_knob, SLOTS[name].knobs(part).values())), line)
+        out.print(table)
+        out.print()
+    out.print(
+        "A part of your own: `package.module:function`; its keyword-only parameters are its knobs.", soft_wrap=True
+    )
+
+
+def _knob(parameter: inspect.Parameter) -> str:
+    kind = inspect.formatannotation(parameter.annotation).replace("typing.", "")
+    literal = re.fullmatch(r"Literal\[(.*)\]", kind)
+    default = "required" if parameter.default is parameter.empty else f"= {parameter.default}"
+    return f"{parameter.name}: {literal.group(1).replace(', ', ' | ') if literal else kind} {default}"
+
+
+def print_methods(name: str | None) -> None:
+    """Print the methods, or everything about the one called `name`."""
+    rows, out = load_methods(), console()
+    if name is None:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for heading in ("method", "what it is", "unit", "surrogate", "weight", "advantage"):
+            table.add_column(heading, overflow="fold", style="bold" if heading == "method" else "")
+        for method, row in rows.items():
+            picks = [row["objective"][key] for key in ("unit", "surrogate", "weight", "advantage")]
+            table.add_row(method, row["summary"], *(p if isinstance(p, str) else p["name"] for p in picks))
+        out.print(table)
+        out.print("`unmask methods NAME` shows the choices of one; a recipe's `objective` overrides any of them.")
+        return
+    if name not in rows:
+        raise RecipeError(f"methods: unknown method '{name}'.{nearest(name, list(rows))}")
+    out.print(yaml.safe_dump({name: rows[name]}, sort_keys=False, width=100), end="", soft_wrap=True)
+
+
+def print_recipes() -> None:
+    """Print the shipped recipes with the first comment line of each."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("recipe", style="bold", no_wrap=True)
+    table.add_column("what it is", overflow="fold")
+    for name, text in shipped_recipes().items():
+        comments = [line[2:] for line in text.splitlines() if line.startswith("# ") and "$schema" not in line]
+        table.add_row(name, comments[0] if comments else "")
+    console().print(table)
+
+
+def copy_recipe(name: str, target: Path, *, force: bool) -> Path:
+    """Copy a shipped recipe to a file or into a folder and return the file; an existing file needs `force`.
+
+    The copy says which version of unmask it came from and points editors to the installed schema.
+    """
+    shipped, name = shipped_recipes(), Path(name).name.removesuffix(".yaml")
+    if name not in shipped:
+        raise RecipeError(f"cp: there is no shipped recipe '{name}'.{nearest(name, list(shipped))}")
+    path = target / f"{name}.yaml" if target.is_dir() else target
+    if not path.parent.is_dir():
+        raise RecipeError(f"cp: there is no folder '{path.parent}'; make it first.")
+    if path.exists() and not force:
+        raise RecipeError(f"cp: '{path}' exists; choose another name, or overwrite it with --force.")
+    text = shipped[name].replace("$schema=recipe.schema.json", f"$schema={SCHEMA_FILE}")
+    path.write_text(f"# from unmask {__version__}: {name}.yaml\n{text}", encoding="utf-8")
+    return path

@@ -1,0 +1,113 @@
+"""`unmask sample`: a canvas being unmasked, in the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.text import Text
+from torch import Tensor
+
+from ..recipes.registry import SLOTS
+from ..rewards import build_rewards
+from ..rollouts.sampler import denoise
+from ..rollouts.trajectory import Trajectory
+from ..rollouts.worker import pad_left
+from .run import evaluation_worker, open_target
+
+SHADES = ("grey50", "cyan", "bright_cyan", "green", "bright_green", "yellow", "bright_yellow", "magenta")
+MASKED = "·"
+
+
+def sample(target: str, *, prompt: str | None = None, overrides: Sequence[str] = ()) -> Trajectory:
+    """Denoise one completion of `prompt`, or of a held-out problem, showing every step; return its trajectory.
+
+    Colours run from the first committed tokens to the last. Without a terminal every step is one line.
+    """
+    recipe, denoiser = open_target(target, overrides)
+    row: dict[str, Any] = {"prompt": prompt}
+    rewards: Any = []
+    if prompt is None:
+        row = SLOTS["task"].build(recipe.task)("heldout", seed=0).row(recipe.run.seed)
+        rewards = build_rewards([entry.model_dump() for entry in recipe.rewards])
+    worker = evaluation_worker(recipe, denoiser, rewards)
+    ids = worker.prompt(row)
+    prompt_BQ, mask_BQ = pad_left([ids], denoiser.tokenizer.pad_token_id)
+    device = denoiser.device
+    canvas_BL = torch.full((1, recipe.rollout.canvas), denoiser.family.mask_token_id, device=device)
+    console = Console()
+    console.print(Panel(Text(str(row["prompt"])), title="prompt", title_align="left"))
+    painter = _Painter(denoiser.tokenizer, denoiser.family.mask_token_id, console)
+    with painter:
+        trajectory = denoise(
+            denoiser,
+            worker.sampler,
+            prompt_BQ.to(device),
+            mask_BQ.to(device),
+            canvas_BL,
+            torch.zeros(1, dtype=torch.long, device=device),
+            seed=recipe.run.seed,
+            on_step=painter.draw,
+        ).to("cpu")
+    completion_ids, completions = worker.decode(trajectory)
+    console.print(
+        f"{len(completion_ids[0])} tokens in {int(trajectory.steps_B[0])} steps (NFE), temperature {worker.sampler.temperature:g}"
+    )
+    if rewards:
+        table = worker.scorer([row], [row["prompt"]], completions, completion_ids)
+        console.print(f"outcome: {table.outcome[0]}, reward {float(table.total_B[0]):g}")
+    console.print(f"next: unmask evaluate {target}")
+    return trajectory
+
+
+class _Painter:
+    """Draws the canvas after each step: live in a terminal, a line a step elsewhere."""
+
+    def __init__(self, tokenizer: Any, mask_token_id: int, console: Console) -> None:
+        self.tokenizer, self.mask_token_id, self.console = tokenizer, mask_token_id, console
+        self.born: list[int] = []
+        self.step = 0
+        self.live = Live(console=console, refresh_per_second=20, transient=False) if sys.stdout.isatty() else None
+
+    def __enter__(self) -> _Painter:
+        if self.live is not None:
+            self.live.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.live is not None:
+            self.live.__exit__(*error)
+
+    def draw(self, tokens_BL: Tensor) -> None:
+        """Show the canvas of the first row."""
+        tokens = tokens_BL[0].tolist()
+        if not self.born:
+            self.born = [-1] * len(tokens)
+        self.born = [
+            self.step if seen < 0 and token != self.mask_token_id else seen
+            for seen, token in zip(self.born, tokens, strict=True)
+        ]
+        self.step += 1
+        picture = self._picture(tokens)
+        if self.live is None:
+            self.console.print(f"{self.step:4} {picture.plain.replace(chr(10), '⏎')}", markup=False, highlight=False, soft_wrap=True)
+            return
+        self.live.update(Panel(picture, title=f"step {self.step}", title_align="left"))
+        time.sleep(0.05)
+
+    def _picture(self, tokens: list[int]) -> Text:
+        picture = Text()
+        for token, born in zip(tokens, self.born, strict=True):
+            if token == self.mask_token_id:
+                picture.append(MASKED, style="dim")
+                continue
+            shade = SHADES[min(born * len(SHADES) // max(self.step, 1), len(SHADES) - 1)]
+            text = "∎" if token in (self.tokenizer.eos_token_id,) else self.tokenizer.decode([token])
+            picture.append(text, style=shade)
+        return picture

@@ -1,0 +1,159 @@
+"""The documents' code and recipes work as they stand."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from unmask.policies import families
+from unmask.policies.denoiser import load_denoiser
+from unmask.recipes.loading import load_methods, parse_recipe, resolve
+from unmask.recipes.reading import shipped_recipes
+from unmask.recipes.registry import SLOTS, RecipeError
+from unmask.rewards.building import build_rewards
+from unmask.rollouts import selection
+from unmask.rollouts.schedules import Quota
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def fences(path: Path, language: str) -> list[str]:
+    """Return the code blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def fence(path: Path, language: str, word: str) -> str:
+    """Return the one code block that contains `word`."""
+    (found,) = [text for text in fences(path, language) if word in text]
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_python_compiles_and_yaml_parses(path: Path) -> None:
+    for text in fences(path, "python"):
+        compile(text, str(path), "exec")
+    for text in fences(path, "yaml"):
+        assert yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_named_files_exist(path: Path) -> None:
+    folders = "policies|recipes|rewards|rl|rollouts|tests|docs"
+    for name in re.findall(rf"`((?:{folders})/[\w./]+\.(?:py|yaml|md))`", path.read_text()):
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_readmes_recipe_is_valid() -> None:
+    recipe = parse_recipe(fence(ROOT / "README.md", "yaml", "my_first_run"), source="README.md")
+    assert recipe.kind == "rl"
+    assert len(fence(ROOT / "README.md", "yaml", "my_first_run").splitlines()) <= 22
+
+
+def test_the_readme_names_every_method_and_shipped_recipe_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    table = set(re.findall(r"^\| `(\w+)` \|.*\|$", text, re.MULTILINE)) - {"B", "Q", "L", "T", "S"}
+    assert table == set(load_methods())
+    for name in re.findall(r"unmask (?:check|train|cp) (\w+)(?=[ \n])", text):
+        assert name in shipped_recipes(), name
+
+
+def test_the_methods_table_is_the_methods() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name, method in load_methods().items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        choice = method["objective"]
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        _, estimator, unit, surrogate, _, advantage, divergence = cells
+        assert estimator.startswith(choice["estimator"]["name"]) and unit.startswith(choice["unit"])
+        assert ("mean" in unit) == (choice["bound"] == "mean")
+        named = choice["surrogate"] if isinstance(choice["surrogate"], dict) else {"name": choice["surrogate"]}
+        assert f"`{named['name']}`" in surrogate and f"`{choice['advantage']}`" in advantage
+        assert {float(n) for n in re.findall(r"\d[\d.e-]*", surrogate)} == {v for k, v in named.items() if k != "name"}
+        assert divergence == (f"{choice['divergence']}, beta {choice['beta']}" if choice["beta"] else "none")
+
+
+def test_the_example_of_a_trajectory_prints_what_stands_below_it() -> None:
+    path = ROOT / "docs" / "trajectories.md"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(fence(path, "python", "canvas_before"), str(path), "exec"), {})
+    assert printed.getvalue() in fences(path, "text")
+
+
+def test_the_example_of_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ROOT / "docs" / "extending.md"
+    (tmp_path / "my_rewards.py").write_text(fence(path, "python", "def brief"))
+    monkeypatch.syspath_prepend(tmp_path)
+    rewards = build_rewards(yaml.safe_load(fence(path, "yaml", "my_rewards"))["rewards"])
+    assert [reward.weight for reward in rewards] == [1.0, 0.1]
+    values = rewards[1].function(prompts=["?"] * 2, completions=["a" * 60, "a" * 61], completion_ids=[[], []])
+    assert values == [1.0, 0.0]
+
+
+def test_the_example_of_a_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ROOT / "docs" / "extending.md"
+    slot = SLOTS["selection"]
+    monkeypatch.setattr(slot, "_parts", dict(slot._parts))
+    exec(compile(fence(path, "python", "near_best"), str(path), "exec"), dict(vars(selection)))
+    section = yaml.safe_load(fence(path, "yaml", "near_best"))["sampler"]
+    choose = slot.build(section["selection"])
+    score_BL = torch.tensor([[-0.1, -0.14, -0.2, -torch.inf]])
+    window_BL = torch.tensor([[True, True, True, False]])
+    assert choose(score_BL, Quota(window_BL, torch.tensor([1]))).tolist() == [[True, True, False, False]]
+    assert choose(score_BL, Quota(window_BL, torch.tensor([3]))).tolist() == [[True, True, True, False]]
+    with pytest.raises(RecipeError, match="width"):
+        slot.build({"name": "near_best", "width": -1.0})(score_BL, Quota(window_BL, torch.tensor([1])))
+
+
+def test_the_example_of_a_method() -> None:
+    path = ROOT / "docs" / "extending.md"
+    ((name, method),) = yaml.safe_load(fence(path, "yaml", "cj_grpo_tight")).items()
+    assert name not in load_methods()
+    assert method.keys() == load_methods()["cj_grpo"].keys()
+    assert method["objective"].keys() == load_methods()["cj_grpo"]["objective"].keys()
+    data = yaml.safe_load(fence(ROOT / "README.md", "yaml", "my_first_run"))
+    recipe = resolve({**data, "method": None, "objective": method["objective"]})
+    assert recipe.objective.inner_steps == 4  # type: ignore[union-attr]
+
+
+def test_the_example_of_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ROOT / "docs" / "extending.md"
+    names = dict(vars(families))
+    exec(compile(fence(path, "python", "MINE"), str(path), "exec"), names)
+    monkeypatch.setitem(families.LAYOUTS, "mine", names["MINE"])
+    vendor = {"architectures": ["MyDiffusionLM"], "vocab_size": 261, "dim": 16, "ffn_dim": 24, "depth": 2, "heads": 2}
+    vendor |= {"mask_token_id": 257, "eos_token_id": 256}
+    (tmp_path / "config.json").write_text(json.dumps(vendor))
+    config = LlamaConfig(**names["MINE"].stock_config(vendor), pad_token_id=None)
+    state = {names["MINE"].to_vendor(k): v.contiguous() for k, v in LlamaForCausalLM(config).state_dict().items()}
+    assert "backbone.layers.0.self_attn.q_proj.weight" in state and "output.weight" in state
+    save_file(state, tmp_path / "model.safetensors")
+    denoiser = load_denoiser(str(tmp_path))
+    denoiser.save(tmp_path / "again")
+    saved = load_file(tmp_path / "again" / "model.safetensors")
+    assert saved.keys() == state.keys() and all(torch.equal(saved[k], state[k]) for k in state)
+
+
+def test_minimal_has_as_many_lines_as_the_readme_says() -> None:
+    (lines,) = re.findall(r"(\d+) lines from loading", (ROOT / "README.md").read_text())
+    spec = importlib.util.find_spec("unmask.recipes.minimal")
+    assert spec is not None and spec.origin is not None
+    assert len(Path(spec.origin).read_text().splitlines()) == int(lines)
