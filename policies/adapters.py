@@ -20,9 +20,11 @@ def lora_config(
     denoiser: Denoiser, *, rank: int = 16, alpha: float = 0.0, dropout: float = 0.0, targets: list[str] | None = None
 ) -> LoraConfig:
     """Return peft's config over the family's linear layers, or `targets`; `alpha` 0 means 2 x rank."""
+    # peft's annotation says int, its arithmetic takes any number; cutting 0.5 to 0 would switch the adapter off.
+    scale: Any = alpha or 2 * rank
     return LoraConfig(
         r=rank,
-        lora_alpha=int(alpha) if alpha else 2 * rank,
+        lora_alpha=int(scale) if float(scale).is_integer() else scale,
         lora_dropout=dropout,
         target_modules=list(targets or denoiser.family.lora_targets),
         bias="none",
@@ -50,8 +52,8 @@ def check_targets(model: nn.Module, targets: Any) -> None:
     """Raise RecipeError unless every target names at least one linear layer other than the LM head."""
     if isinstance(targets, str):  # a regular expression or "all-linear": peft itself refuses what matches nothing
         return
-    leaves = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
     paths = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    leaves = sorted({path.rpartition(".")[2] for path in paths})
     for target in sorted(targets):
         hits = [path for path in paths if path == target or path.endswith(f".{target}")]
         if not hits:
@@ -62,7 +64,7 @@ def check_targets(model: nn.Module, targets: Any) -> None:
 
 def adapted_modules(model: PeftModel) -> list[str]:
     """Return the full names of the modules that carry an adapter."""
-    return sorted(name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A"))
+    return sorted(name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A"))
 
 
 def merged(denoiser: Denoiser) -> Denoiser:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from .families import (
@@ -91,7 +92,9 @@ def resolve_path(path: str) -> Path:
     if path == TINY:
         folder = tiny_folder()
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"'{TINY}' is missing from this installation ({folder}); run `unmask sft tiny_sft.yaml`.")
+            raise CheckpointError(
+                f"'{TINY}' is missing from this installation ({folder}); run `unmask sft tiny_sft.yaml`."
+            )
         return folder
     if Path(path).expanduser().is_dir():
         return Path(path).expanduser()
@@ -104,12 +107,19 @@ def resolve_path(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"model.path: '{path}' is no local folder and the hub did not give it ({reason}).") from error
+        raise CheckpointError(
+            f"model.path: '{path}' is no local folder and the hub did not give it ({reason})."
+        ) from error
 
 
 def stock_config(layout: Layout, vendor: dict[str, Any], attention: str | None) -> LlamaConfig:
     """Return the stock config: bidirectional, and without pad_token_id, which would zero that row's gradient."""
-    config = LlamaConfig(**layout.stock_config(vendor), pad_token_id=None)
+    try:
+        config = LlamaConfig(**layout.stock_config(vendor), pad_token_id=None)
+    except KeyError as error:
+        raise CheckpointError(f"config.json has no {error}, which family '{layout.name}' needs.") from error
+    except (TypeError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json: {' '.join(str(error).split())}") from error
     config.is_causal = False
     config.use_cache = False
     if attention is not None:
@@ -142,21 +152,30 @@ def load_denoiser(
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch_dtype)
     state = dict(_read_weights(folder, layout, torch_dtype, device))
-    _check_keys(model, state, folder)
-    model.load_state_dict(state, assign=True)
+    _check_keys(model, state, layout, folder)
+    # A tied head is not stored; every other name has been checked.
+    model.load_state_dict(state, assign=True, strict=False)
     if config.tie_word_embeddings:
         model.tie_weights()
     # Buffers such as RoPE's inv_freq are not stored and must stay fp32: they are made anew, not cast.
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.config.dtype = torch_dtype
+    vendor = {**vendor, "mask_token_id": resolved.mask_token_id}
     denoiser = Denoiser(model.eval(), resolved, tokenizer or load_tokenizer(folder, resolved), vendor)
     self_check(denoiser)
     return denoiser
 
 
 def new_denoiser(
-    *, hidden_size: int, layers: int, heads: int, mlp: int, max_length: int = 512, rope_theta: float = 1e4, seed: int = 0
+    *,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    mlp: int,
+    max_length: int = 512,
+    rope_theta: float = 1e4,
+    seed: int = 0,
 ) -> Denoiser:
     """Return a randomly initialised denoiser in LLaDA's shape with the byte tokenizer (weights keyed by `seed`)."""
     if hidden_size % heads or (hidden_size // heads) % 2:
@@ -179,7 +198,9 @@ def new_denoiser(
     )
     config.is_causal = False
     config.use_cache = False
-    model = LlamaForCausalLM(config)
+    # The constructor draws from the global generator what is overwritten below.
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -193,7 +214,10 @@ def new_denoiser(
 
 def _shards(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder / INDEX}: not an index of shards; download it again.") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(f"{folder}: shard '{missing[0]}' of {len(names)} is missing; download it again.")
@@ -215,19 +239,19 @@ def _read_weights(folder: Path, layout: Layout, dtype: torch.dtype, device: str)
             raise CheckpointError(f"{shard}: damaged or truncated safetensors ({error}); download it again.") from error
 
 
-def _check_keys(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+def _check_keys(model: LlamaForCausalLM, state: dict[str, Tensor], layout: Layout, folder: Path) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
         state.pop("lm_head.weight", None)
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, first '{missing[0]}'; is it another family?")
-    if extra:
-        raise CheckpointError(f"{folder}: {len(extra)} tensors fit nothing, first '{extra[0]}'; is it another family?")
+    for names, what in ((wanted.keys() - state.keys(), "are missing"), (state.keys() - wanted.keys(), "fit nothing")):
+        if names:
+            first = layout.to_vendor(min(names))
+            raise CheckpointError(f"{folder}: {len(names)} tensors {what}, first '{first}'; is it another family?")
     for name, shape in wanted.items():
-        if tuple(state[name].shape) != shape:
-            raise CheckpointError(f"{folder}: '{name}' has shape {tuple(state[name].shape)}, config.json says {shape}.")
+        found = tuple(state[name].shape)
+        if found != shape:
+            raise CheckpointError(f"{folder}: '{layout.to_vendor(name)}' has shape {found}, config.json says {shape}.")
 
 
 def save_denoiser(denoiser: Denoiser, directory: str | Path) -> None:
@@ -236,8 +260,20 @@ def save_denoiser(denoiser: Denoiser, directory: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     layout = LAYOUTS[denoiser.family.name]
     if denoiser.base is not denoiser.model:
-        raise CheckpointError("save: the model carries an adapter; merge it first (`unmask export`) or save the adapter.")
-    state = {layout.to_vendor(key): value.detach().cpu().contiguous() for key, value in denoiser.model.state_dict().items()}
+        raise CheckpointError("save: the model carries an adapter; merge it first or save the adapter alone.")
+    stock = denoiser.model.state_dict()
+    if denoiser.model.config.tie_word_embeddings:
+        del stock["lm_head.weight"]
+    state = {layout.to_vendor(key): value.detach().cpu().contiguous() for key, value in stock.items()}
+    _write_weights(state, folder)
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    config = {**denoiser.vendor_config, "torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    denoiser.tokenizer.save_pretrained(folder)
+
+
+def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
+    """Write shards of at most `SHARD_BYTES`, and an index where there are several; remove those of an earlier save."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for key, value in state.items():
@@ -246,18 +282,19 @@ def save_denoiser(denoiser: Denoiser, directory: str | Path) -> None:
             size = 0
         shards[-1][key] = value
         size += value.nbytes
-    names = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    )
+    count = len(shards)
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    if count == 1:
+        names = ["model.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
+        # The folder may be the one these very tensors are mapped from.
+        save_file(shard, folder / f"{name}.part", metadata={"format": "pt"})
+        (folder / f"{name}.part").replace(folder / name)
+    (folder / INDEX).unlink(missing_ok=True)
+    for path in (*folder.glob("model-*-of-*.safetensors"), folder / "model.safetensors"):
+        if path.name not in names:
+            path.unlink(missing_ok=True)
+    if count > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(value.nbytes for value in state.values())
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    config = {**denoiser.vendor_config, "torch_dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    denoiser.tokenizer.save_pretrained(folder)

@@ -67,7 +67,7 @@ def _llada_config(vendor: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "vocab_size": vendor.get("embedding_size") or vendor["vocab_size"],
         "hidden_size": vendor["d_model"],
-        "intermediate_size": vendor["mlp_hidden_size"],
+        "intermediate_size": vendor.get("mlp_hidden_size") or vendor["mlp_ratio"] * vendor["d_model"],
         "num_hidden_layers": vendor["n_layers"],
         "num_attention_heads": vendor["n_heads"],
         "num_key_value_heads": vendor.get("n_kv_heads") or vendor["n_heads"],
@@ -123,7 +123,7 @@ def llada_vendor_config(stock: Any, family: Family) -> dict[str, Any]:
 
 LLADA = Layout(
     name="llada",
-    matches=lambda config: "LLaDAModelLM" in config.get("architectures", []),
+    matches=lambda config: "LLaDAModelLM" in (config.get("architectures") or []),
     stock_config=_llada_config,
     # The head's leaf has the same name as the blocks' down projection, so the block patterns come first.
     key_mapping=(
@@ -155,6 +155,7 @@ LLADA = Layout(
     requires=(
         ("block_type", "llama"),
         ("layer_norm_type", "rms"),
+        ("activation_type", "silu"),
         ("rope", True),
         ("attention_layer_norm", False),
         ("input_emb_norm", False),
@@ -206,14 +207,19 @@ def check_config(config: Mapping[str, Any], layout: Layout) -> None:
 
 def resolve_family(config: Mapping[str, Any], layout: Layout, mask_token_id: int | None) -> Family:
     """Return the Family of a config.json; CheckpointError when its mask id is missing, out of range or equal to EOS."""
-    rows = config.get("embedding_size") or config["vocab_size"]
+    rows = config.get("embedding_size") or config.get("vocab_size")
+    if not isinstance(rows, int):
+        raise CheckpointError(f"config.json: vocab_size is {rows!r}, a whole number is needed.")
     mask = mask_token_id if mask_token_id is not None else config.get("mask_token_id")
     eos = config.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
     if mask is None:
         raise CheckpointError("config.json has no mask_token_id; pass mask_token_id=... (see the model's card).")
-    if not 0 <= mask < rows:
-        raise CheckpointError(f"mask_token_id {mask} lies outside the embedding's {rows} rows.")
+    for name, value in [("mask_token_id", mask), *(("eos_token_id", i) for i in eos_ids)]:
+        if not isinstance(value, int):
+            raise CheckpointError(f"config.json: {name} is {value!r}, a whole number is needed.")
+        if not 0 <= value < rows:
+            raise CheckpointError(f"{name} {value} lies outside the embedding's {rows} rows.")
     if mask in eos_ids:
         raise CheckpointError(f"mask_token_id {mask} equals the EOS id; a committed EOS could not be told from a mask.")
     eos_ids += tuple(i for i in layout.turn_end_ids if i < rows and i not in eos_ids)

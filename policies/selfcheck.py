@@ -1,4 +1,4 @@
-"""What must hold of a loaded denoiser, proved on a short random sequence at start-up (reference/models.md, section 15)."""
+"""What must hold of a loaded denoiser, proved on a short random sequence at start-up."""
 
 from __future__ import annotations
 
@@ -41,9 +41,11 @@ def self_check(denoiser: Denoiser) -> dict[str, str]:
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % rows
     plain = denoiser.logits(ids)
+    if not bool(plain.isfinite().all()):
+        raise SelfCheckError("the logits are not finite; the weights are damaged.")
     moved = (denoiser.logits(changed)[0, 0] - plain[0, 0]).abs().max().item()
     if moved == 0.0:
-        raise SelfCheckError("the model is causal: its first position does not see the last token; is_causal must be False.")
+        raise SelfCheckError("the model is causal: its first position does not see the last token (is_causal).")
     padding = 3
     padded = torch.cat([torch.full_like(ids[:, :padding], family.mask_token_id), ids], dim=1)
     mask = torch.ones_like(padded, dtype=torch.bool)
@@ -53,7 +55,7 @@ def self_check(denoiser: Denoiser) -> dict[str, str]:
     worst = (shifted - plain).abs().max().item() / scale
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.1
     if not worst <= tolerance:
-        raise SelfCheckError(f"padding changes the logits by {worst:.2g} of their scale (at most {tolerance:g} is rounding).")
+        raise SelfCheckError(f"padding changes the logits by {worst:.2g} of their scale (rounding: {tolerance:g}).")
     denoiser.model.train(training)
     return {
         "bidirectional": f"last token moves the first logits by {moved:.2g}",

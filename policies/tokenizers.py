@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .families import Family
+from .families import CheckpointError, Family
 
 EOS, MASK, SYSTEM, USER, ASSISTANT = "<|eos|>", "<|mask|>", "<|system|>", "<|user|>", "<|assistant|>"
 
@@ -69,15 +70,19 @@ def load_tokenizer(folder: Path, family: Family) -> PreTrainedTokenizerBase:
     """Return the folder's own tokenizer (its files, never its code), left-padding, with a template of ours.
 
     Folders without tokenizer files get the byte tokenizer when its special ids are the checkpoint's, so that tokens
-    are never silently read with a foreign vocabulary; ValueError otherwise.
+    are never silently read with a foreign vocabulary; CheckpointError otherwise.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         tokenizer = byte_tokenizer()
         if tokenizer.mask_token_id != family.mask_token_id or len(tokenizer) > family.vocab_size:
-            raise ValueError(f"'{folder}' holds no tokenizer.json; copy the checkpoint's tokenizer files there.")
+            raise CheckpointError(f"'{folder}' holds no tokenizer.json; copy the checkpoint's tokenizer files there.")
         return tokenizer
     # The class itself, not AutoTokenizer, which would look for the vendor's model class in config.json.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # the Rust library raises bare Exceptions
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"'{folder}': its tokenizer files cannot be read ({reason}).") from error
     tokenizer.padding_side = "left"
     if "<|start_header_id|>" in tokenizer.get_vocab():
         tokenizer.chat_template = LLADA_TEMPLATE
@@ -87,7 +92,8 @@ def load_tokenizer(folder: Path, family: Family) -> PreTrainedTokenizerBase:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
     """Return the ids of a prompt: a string is one user turn, the assistant's turn is opened."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return encoded["input_ids"]
 
 
 def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,7 +87,7 @@ def problem(rng: random.Random) -> tuple[str, str]:
     """Return a prompt and its answer: `7 a+8 b-3` is (7 + 8) - 3 modulo 10, solved `a7+8=5`, `b5-3=2`, `#### 2`."""
     value = rng.randrange(10)
     words = [str(value)]
-    for letter in "abcdefghi"[: rng.randint(5, 9)]:
+    for letter in "abcdefghi"[: rng.randint(7, 9)]:
         operator, operand = rng.choice("+-"), rng.randrange(10)
         words.append(f"{letter}{operator}{operand}")
         value = (value + operand if operator == "+" else value - operand) % 10
@@ -120,8 +119,13 @@ def logits(model: LlamaForCausalLM, prompt_BQ: Tensor, canvas_BL: Tensor, where_
 
 @torch.no_grad()
 def rollout(
-    model: LlamaForCausalLM, prompt_BQ: Tensor, noise: torch.Generator, length: int = 96, block: int = 16,
-    per_step: int = 4, temperature: float = 1.0,
+    model: LlamaForCausalLM,
+    prompt_BQ: Tensor,
+    noise: torch.Generator,
+    length: int = 80,
+    block: int = 16,
+    per_step: int = 4,
+    temperature: float = 1.0,
 ) -> Rollouts:
     """Unmask canvases block by block; each call of the model decides the `per_step` positions it is surest about.
 
@@ -187,29 +191,28 @@ def main() -> None:
     """Sample, score, learn, again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny", help="a folder in LLaDA's layout")
-    parser.add_argument("--updates", type=int, default=30, help="batches of rollouts")
+    parser.add_argument("--batches", type=int, default=30, help="batches of rollouts")
     parser.add_argument("--prompts", type=int, default=8, help="problems a batch")
     parser.add_argument("--group", type=int, default=8, help="rollouts a problem")
     parser.add_argument("--seed", type=int, default=0)
     choice = parser.parse_args()
     rng, noise = random.Random(choice.seed), torch.Generator().manual_seed(choice.seed)
     model = load_model(choice.model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0)
-    for update in range(choice.updates):
-        started = time.time()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5, betas=(0.9, 0.99), weight_decay=0.0)
+    for number in range(1, choice.batches + 1):
         problems = [p for p in [problem(rng) for _ in range(choice.prompts)] for _ in range(choice.group)]
         batch = rollout(model, encode([prompt for prompt, _ in problems]), noise)
         reward_B = torch.tensor([reward(decode(t), a) for t, (_, a) in zip(batch.tokens_BL, problems, strict=True)])
-        # A rollout is as good as it beats the mean of its group, the other attempts at the same problem.
+        # A rollout counts by how far it beats the mean of its group, the attempts at the same problem.
         advantage_B = reward_B - reward_B.view(-1, choice.group).mean(dim=1).repeat_interleave(choice.group)
         deviations = []
-        for _ in range(2):  # each batch is used twice; the first time every ratio is 1
+        for _ in range(2):  # each batch serves two updates; in the first every ratio is 1
             optimizer.zero_grad()
             deviations.append(backward(model, batch, advantage_B)[1])
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        solved, seconds = f"{reward_B.mean():.1%}", time.time() - started
-        print(f"update {update + 1}: solved {solved}, max |ratio - 1| {deviations}, {seconds:.1f} s", flush=True)
+        first, second = deviations
+        print(f"batch {number}: solved {reward_B.mean():.1%}, max |ratio - 1| {first:.1e}, {second:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class Stored:
         return self._rows[order[offset]]
 
 
-ARITHMETIC_LEVELS = {"easy": (5, 6), "medium": (7, 9), "hard": (10, 12)}
+ARITHMETIC_LEVELS = {"easy": (6, 7), "medium": (8, 10), "hard": (11, 14)}
 
 
 @task.register
@@ -108,7 +108,8 @@ def arithmetic(
     """Chains of operations over single digits modulo 10; the trace has one line an operation.
 
     Prompt `7 a+8 b-3`: start at 7, then apply the lettered operations in order, each result modulo 10.
-    Trace `a7+8=5` `b5-3=2` and `#### 2`. `operations` (lowest, highest count) overrides `level`; `operators` are some of `+-*`.
+    Trace `a+8=5` `b-3=2` and `#### 2`: every line repeats its
+    operation and gives the running value. `operations` (lowest, highest count) overrides `level`; `operators` are some of `+-*`.
     """
     if operations is not None:
         low, high = operations
@@ -128,7 +129,7 @@ def arithmetic(
             operator, operand = rng.choice(operators), rng.randrange(10)
             result = {"+": value + operand, "-": value - operand, "*": value * operand}[operator] % 10
             prompt.append(f"{letter}{operator}{operand}")
-            trace.append(f"{letter}{value}{operator}{operand}={result}")
+            trace.append(f"{letter}{operator}{operand}={result}")
             value = result
         return {
             "prompt": " ".join(prompt),

@@ -84,10 +84,6 @@ def _from_path(choice: Mapping[str, Any], where: str) -> RewardFunction:
         function = SLOTS["reward"].get(path)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
-    except Exception as error:
-        raise RecipeError(f"{where}: importing '{path}' raised {type(error).__name__}: {error}.") from error
-    if not callable(function):
-        raise RecipeError(f"{where}: '{path}' is not callable; name a reward function.")
     factory = is_factory(function)
     knobs = _check_knobs(function, choice, where, required=factory)
     if not factory:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from numbers import Real
 from typing import Any
 
 from ..recipes.registry import SLOTS
@@ -57,9 +56,7 @@ def judge_arithmetic(text: str, gold: Any, extract: Extract = "hash") -> Verdict
 def _gold(value: Any) -> Fraction | None:
     if isinstance(value, str):
         return parse_number(value)
-    if not isinstance(value, Real):
-        return None
     try:
         return Fraction(str(value))  # through its decimal text: the float 0.1 means one tenth
-    except ValueError:  # nan, inf, True
+    except ValueError:  # nan, inf, True, a list
         return None

@@ -34,7 +34,7 @@ def group_std(reward_B: Tensor, group_B: Tensor, *, eps: float = 1e-4, sample: b
     value_B, applies_B, index_B = _prepare(reward_B, group_B)
     centred_B = (value_B - _mean(value_B, applies_B, index_B)) * applies_B
     count_B = _sum(applies_B.double(), index_B)
-    std_B = (_sum(centred_B.square(), index_B) / (count_B - sample).clamp(min=1)).sqrt()
+    std_B = (_sum(centred_B.square(), index_B) / (count_B - int(sample)).clamp(min=1)).sqrt()
     # With eps 0 a group of equal rewards is 0 / 0, and its advantage is 0.
     scaled_B = torch.where(centred_B == 0, 0.0, centred_B / (std_B + eps))
     return _finish(scaled_B, reward_B, applies_B)

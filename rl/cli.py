@@ -226,12 +226,15 @@ def schema(
 
 
 @app.command()
-def doctor(json_file: JsonFile = None) -> None:
+def doctor(
+    model: Annotated[str | None, typer.Option("--model", help="Model to self-check [default: unmask:tiny].")] = None,
+    json_file: JsonFile = None,
+) -> None:
     """Print versions, devices and what is wrong."""
     _check_output(json_file)
     from .doctor import doctor as examine
 
-    _write_json(json_file, examine())
+    _write_json(json_file, examine(model=model))
 
 
 def is_ours(error: BaseException) -> bool:

@@ -32,7 +32,7 @@ def trace(
     With `tokens` `all` the policy gradient is unbiased (samplers.md sections 1.1-1.3); `until_eos` leaves out what lies
     behind the first EOS, unbiased where nothing there changes what comes before it. Only steps that commit an action
     count as views. `uniform_k` keeps k of a rollout's S_b views, drawn uniformly without replacement, each with
-    inclusion probability min(1, k / S_b) (trajectory_rl.md section 8); the draw is keyed by rollout id and step, so that
+    inclusion probability min(1, k / S_b) (trajectory_rl.md section 8); the draw is keyed by rollout id and step, so
     batch composition and ranks do not change it. `context` is the sampler; where it draws before it selects and records
     that exactly, the choice of positions is an action as well.
     """

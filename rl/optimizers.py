@@ -17,7 +17,8 @@ class Together(torch.optim.Optimizer):
 
     def __init__(self, members: list[torch.optim.Optimizer]) -> None:
         self.members = members
-        super().__init__([parameter for member in members for group in member.param_groups for parameter in group["params"]], {})
+        groups = [group for member in members for group in member.param_groups]
+        super().__init__([parameter for group in groups for parameter in group["params"]], {})
         self._share_groups()
 
     def _share_groups(self) -> None:
@@ -26,7 +27,10 @@ class Together(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Step every member; `closure` is called once before."""
-        loss = closure() if closure is not None else None
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for member in self.members:
             member.step()
         return loss
@@ -66,8 +70,13 @@ def build_optimizer(
     chosen = {id(p) for p in hidden}
     if name == "muon":
         rest = [p for _, p in trainable if id(p) not in chosen]
-        muon = torch.optim.Muon(hidden, lr=matrix_lr, weight_decay=weight_decay, momentum=0.95)
-        return Together([muon, torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0)])
+        # An adapter has matrices only; neither library optimizer takes an empty list.
+        members: list[torch.optim.Optimizer] = []
+        if hidden:
+            members.append(torch.optim.Muon(hidden, lr=matrix_lr, weight_decay=weight_decay, momentum=0.95))
+        if rest:
+            members.append(torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0))
+        return Together(members)
     if name == "adamw":
         matrices = [p for _, p in trainable if p.ndim >= 2]
         vectors = [p for _, p in trainable if p.ndim < 2]

@@ -34,7 +34,9 @@ class Source:
     canvas: int
 
 
-def corrupt(canvas_BL: Tensor, *, mask_token_id: int, rng: torch.Generator, mask: str = "exact") -> tuple[Tensor, Tensor]:
+def corrupt(
+    canvas_BL: Tensor, *, mask_token_id: int, rng: torch.Generator, mask: str = "exact"
+) -> tuple[Tensor, Tensor]:
     """Return (masked_BL, weight_BL): which tokens are hidden, and 1/t on those.
 
     `bernoulli`: t ~ U(0,1) a row, every token hidden with probability t (LLaDA, Nie et al. 2025, eq. 3). `exact`: k ~
@@ -93,9 +95,8 @@ class SftBatches(Dataset):
             raise ValueError(f"sft: a completion has {length} tokens, the canvas {canvas}; raise tasks[].canvas.")
         length = canvas or length
         eos = self.tokenizer.eos_token_id
-        ids = torch.tensor(
-            [[eos] * (width - len(p)) + p + r + [eos] * (length - len(r)) for p, r in zip(prompts, replies, strict=True)]
-        )
+        pairs = zip(prompts, replies, strict=True)
+        ids = torch.tensor([[eos] * (width - len(p)) + p + r + [eos] * (length - len(r)) for p, r in pairs])
         padding_mask = torch.arange(width + length) >= torch.tensor([[width - len(p)] for p in prompts])
         target_BL = ids[:, width:]
         rng = generator(self.seed, "sft-mask", index)
@@ -132,7 +133,9 @@ class SftTrainer(Trainer):
             self.optimizer = build_optimizer(self.denoiser.model.named_parameters(), **self.optim)
         return self.optimizer
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Return the batch's weighted cross-entropy on hidden tokens, in nats a token."""
         logits_KV = self.denoiser.logits(
             inputs["input_ids"], padding_mask_BT=inputs["padding_mask"], positions_BT=inputs["scored"]

@@ -17,8 +17,8 @@ from ..rollouts.worker import RolloutWorker
 from .distributed import rank, world_size
 from .evaluate import Evaluation, evaluate, heldout_rows
 from .runfolder import manifest, run_folder, write_atomically, write_json
-from .sft import SftBatches, SftTrainer, Source
 from .settings import cpu_backend, device_of, dump
+from .sft import SftBatches, SftTrainer, Source
 
 logger = logging.getLogger(__name__)
 

@@ -49,8 +49,19 @@ def log_odds(logp_KV: Tensor) -> Tensor:
 
     A monotone function of the probability that does not tie among confident tokens.
     """
-    best_K1 = logp_KV.argmax(dim=-1, keepdim=True)
-    others_K1 = logp_KV.scatter(-1, best_K1, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    best_K1, others_K1 = _best(logp_KV)
     # Only the likeliest token can be close to 1; every other one has 1 - p >= 1/2.
     complement_KV = torch.log1p(-logp_KV.exp().clamp(max=0.5 + 1e-6))
     return logp_KV - complement_KV.scatter(-1, best_K1, others_K1)
+
+
+def best_logprob(logp_KV: Tensor) -> Tensor:
+    """Return max_v log p(v), precise also where p rounds to 1: -log(1 + exp(-log-odds)) does not tie there."""
+    best_K1, others_K1 = _best(logp_KV)
+    return torch.nn.functional.logsigmoid(logp_KV.gather(-1, best_K1) - others_K1).squeeze(-1)
+
+
+def _best(logp_KV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the likeliest token and the log-probability of all others together, both `[K, 1]`."""
+    best_K1 = logp_KV.argmax(dim=-1, keepdim=True)
+    return best_K1, logp_KV.scatter(-1, best_K1, -torch.inf).logsumexp(dim=-1, keepdim=True)

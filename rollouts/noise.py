@@ -39,9 +39,9 @@ def uniform(seed: int, purpose: str, step: int, *keys: Tensor) -> Tensor:
     """Return fp64 uniforms in (0, 1), one for each entry of the broadcast int64 `keys`.
 
     A counter-based generator: the number depends on its keys alone, so batch composition, device and world size do not
-    change it. Values lie on a centred grid of 2^-53 and are never 0 or 1.
+    change it. Values lie at the centres of 2^52 cells; one more bit would round the last centre to 1.
     """
     state = torch.tensor(_digest(seed, purpose, step), device=keys[0].device)
     for key in keys:
         state = _mix((state ^ _mix(key.to(torch.int64) * _GAMMA + 1)) + _GAMMA)
-    return (_shift(state, 11).to(torch.float64) + 0.5) * 2.0**-53
+    return (_shift(state, 12).to(torch.float64) + 0.5) * 2.0**-52

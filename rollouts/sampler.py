@@ -21,6 +21,10 @@ from .trajectory import GIVEN, NEVER, PAD, SAMPLED, Trajectory
 EOS_RULES = ("stop", "none")
 
 
+class LogitError(ValueError):
+    """Logits that are no distribution over the allowed tokens; the message names rollout, step and position."""
+
+
 class LogitSource(Protocol):
     """What `denoise` needs of a denoiser."""
 
@@ -50,9 +54,18 @@ class Sampler:
     draws_first: bool = False
     exact_choice: bool = False
 
+    def quota(self, canvas_NL: Tensor, step_N: Tensor, open_N: Tensor, mask_token_id: int) -> Quota:
+        """Return the schedule's quota, kept to masked positions and, where a row has any, never empty."""
+        masked_NL = canvas_NL == mask_token_id
+        quota = self.schedule(masked_NL, step_N, open_N)
+        window_NL = quota.window_BL & masked_NL
+        # Whatever a schedule of the user's says, a live row commits something: the loop ends.
+        window_NL = torch.where(window_NL.any(dim=1, keepdim=True), window_NL, masked_NL)
+        return Quota(window_NL, quota.count_B.clamp(min=1))
+
     def window(self, canvas_NL: Tensor, step_N: Tensor, open_N: Tensor, mask_token_id: int) -> Tensor:
         """Return the positions that were open to the selection on recorded canvases."""
-        return self.schedule(canvas_NL == mask_token_id, step_N, open_N).window_BL
+        return self.quota(canvas_NL, step_N, open_N, mask_token_id).window_BL
 
     def banned(self, family: Any) -> tuple[int, ...]:
         """Return the token ids that are never drawn."""
@@ -60,9 +73,12 @@ class Sampler:
 
 
 def build_sampler(section: Mapping[str, Any], *, temperature: float = 1.0) -> Sampler:
-    """Return the Sampler of a recipe's `sampler` section (`schedule`, `score`, `selection`, `score_temperature`, `eos`)."""
+    """Return the Sampler of a recipe's `sampler` section; RecipeError for parts, knobs or values that do not fit."""
     if temperature < 0:
         raise RecipeError(f"rollout.temperature: {temperature} must be at least 0 (0 is argmax).")
+    score_temperature = section.get("score_temperature", 1.0)
+    if score_temperature <= 0:
+        raise RecipeError(f"sampler.score_temperature: {score_temperature} must be above 0, it divides logits.")
     eos = dict(section.get("eos") or {})
     rule = eos.get("rule", "stop")
     if rule not in EOS_RULES:
@@ -76,7 +92,7 @@ def build_sampler(section: Mapping[str, Any], *, temperature: float = 1.0) -> Sa
         score=SLOTS["score"].build(section.get("score", "confidence"), "sampler.score"),
         selection=choose,
         temperature=temperature,
-        score_temperature=section.get("score_temperature", 1.0),
+        score_temperature=score_temperature,
         eos_rule=rule,
         suppress_eos=eos.get("suppress", False),
         draws_first=draws_first,
@@ -113,6 +129,12 @@ class _Canvas:
             choice_logprobs=[],
         )
 
+    def choices(self) -> Tensor:
+        """Return the log-probabilities of the choices `[B, S]`."""
+        if not self.choice_logprobs:
+            return self.logprob_BL[:, :0]
+        return torch.stack(self.choice_logprobs, dim=1)
+
 
 @torch.no_grad()
 def denoise(
@@ -131,7 +153,8 @@ def denoise(
 
     One denoiser call a step over the rows that are not finished; the LM head runs at the open positions only. Noise is
     keyed by (seed, step, rollout id, denoising step, position), so a rollout does not depend on what else is in the
-    batch. Terminates: every step commits at least one position of every live row. `on_step` sees `tokens_BL` after each.
+    batch. Terminates: every step commits at least one position of every live row. `on_step` sees `tokens_BL` after
+    each. Raises LogitError where the logits are NaN, or -inf for every allowed token.
     """
     mask_token_id = denoiser.family.mask_token_id
     eos = torch.tensor(denoiser.family.eos_token_ids, device=canvas_BL.device)
@@ -160,7 +183,7 @@ def denoise(
         mask_token_id=mask_token_id,
         eos_token_ids=tuple(denoiser.family.eos_token_ids),
         banned_token_ids=sampler.banned(denoiser.family),
-        choice_logprob_BS=torch.stack(record.choice_logprobs, dim=1) if record.choice_logprobs else None,
+        choice_logprob_BS=record.choices() if sampler.exact_choice else None,
     )
 
 
@@ -191,10 +214,8 @@ def _step(
 ) -> None:
     """Decide one step of the live rows `alive_A` and write it into `record`."""
     canvas_AL = record.tokens_BL[alive_A]
-    masked_AL = canvas_AL == denoiser.family.mask_token_id
     step_A = torch.full_like(alive_A, t)
-    quota = sampler.schedule(masked_AL, step_A, record.open_B[alive_A])
-    quota = Quota(quota.window_BL, quota.count_B.clamp(min=1))
+    quota = sampler.quota(canvas_AL, step_A, record.open_B[alive_A], denoiser.family.mask_token_id)
     window_AL = quota.window_BL
     logits_KV = window_logits(denoiser, prompt_BQ[alive_A], prompt_mask_BQ[alive_A], canvas_AL, window_AL)
     row_K, position_K = window_AL.nonzero(as_tuple=True)
@@ -204,6 +225,7 @@ def _step(
     # One uniform a (rollout, denoising step, position): draws and random scores have streams of their own.
     draw_K = uniform(seed, "draw", step, key_K, time_K, position_K)
     scored_KV = log_probs(logits_KV, temperature=sampler.score_temperature, banned=banned)
+    _require_distribution(scored_KV, key_K, position_K, t)
     token_K, logprob_K = _draw(logits_KV, draw_K, sampler.temperature, banned)
     if sampler.draws_first:
         score_K = log_odds(scored_KV).gather(1, token_K[:, None]).squeeze(1)
@@ -220,6 +242,17 @@ def _step(
         choice_B = torch.zeros(len(record.tokens_BL), device=canvas_AL.device, dtype=choice_A.dtype)
         record.choice_logprobs.append(choice_B.index_copy(0, alive_A, choice_A))
     _commit(record, alive_A, chosen_AL, window_AL, place_AL, token_K, logprob_K, t)
+
+
+def _require_distribution(logp_KV: Tensor, rollout_K: Tensor, position_K: Tensor, t: int) -> None:
+    # A log-softmax with a NaN, an infinite logit or nothing but -inf is NaN in every entry.
+    broken_K = logp_KV[:, 0].isnan()
+    if bool(broken_K.any()):
+        k = int(broken_K.nonzero()[0])
+        raise LogitError(
+            f"rollout {int(rollout_K[k])}, step {t}: the logits at canvas position {int(position_K[k])} are NaN, "
+            "infinite or -inf for every allowed token; check the weights, or resume from an earlier checkpoint."
+        )
 
 
 def _draw(logits_KV: Tensor, uniform_K: Tensor, temperature: float, banned: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -275,9 +308,12 @@ def choice_logprob(
 ) -> Tensor:
     """Return `choice_N`, the log-probability that exactly the other window positions stayed below the bar.
 
-    `score_NL` holds the drawn tokens' log-odds at the chosen positions (others are ignored); `logits_KV` are those of the
-    window. The bar is the lowest chosen score; a tie at it goes to the smaller index (samplers.md section 1.3).
+    `score_NL` holds the drawn tokens' log-odds at the chosen positions (others are ignored); `logits_KV` are those of
+    the window. The bar is the lowest chosen score; a tie at it goes to the smaller index (samplers.md section 1.3). At
+    temperature 0 nothing is drawn and the choice is certain.
     """
+    if sampler.temperature == 0:
+        return torch.zeros(len(score_NL), device=logits_KV.device)
     bar_N = torch.where(chosen_NL, score_NL, torch.inf).amin(dim=1)
     place_L = torch.arange(score_NL.shape[1], device=score_NL.device)
     at_bar_NL = chosen_NL & (score_NL == bar_N[:, None])

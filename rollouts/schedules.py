@@ -14,7 +14,7 @@ schedule = SLOTS["schedule"]
 
 
 class Quota(NamedTuple):
-    """`window_BL`: positions that may be committed at this step; `count_B`: how many are, before the selection's say."""
+    """`window_BL`: positions that may be committed at this step; `count_B`: how many, before the selection's say."""
 
     window_BL: Tensor
     count_B: Tensor
@@ -24,26 +24,35 @@ class Quota(NamedTuple):
 def uniform(masked_BL: Tensor, step_B: Tensor, open_B: Tensor, *, steps: int) -> Quota:
     """The whole canvas, an even share a step, larger shares first: n_j = m // S + [j < m mod S].
 
-    `open_B` is the number of positions that were open at the start; a row keeps its plan whatever else is in the batch.
+    A row keeps its plan whatever else is in the batch: only its own masks and step count.
     """
     _positive("steps", steps)
     left_B = (steps - step_B).clamp(min=1)
-    return Quota(masked_BL, torch.ceil(masked_BL.sum(1) / left_B).long())
+    return Quota(masked_BL, (masked_BL.sum(1) + left_B - 1) // left_B)
 
 
 @schedule.register
 def cosine(masked_BL: Tensor, step_B: Tensor, open_B: Tensor, *, steps: int) -> Quota:
-    """The whole canvas; after step t, floor(m cos(pi/2 (t+1)/S)) positions stay masked (MaskGIT, Chang et al. 2022)."""
+    """The whole canvas; after step t, floor(m cos(pi/2 (t+1)/S)) positions stay masked (MaskGIT, Chang et al. 2022).
+
+    `open_B` is m, the positions that were open at the start. A step whose share is 0 commits one all the same.
+    """
     _positive("steps", steps)
-    ratio_B = torch.cos(math.pi / 2 * ((step_B + 1) / steps).clamp(max=1.0))
-    # cos(pi/2) is 6e-8 in fp32, not 0: the floor absorbs it.
-    stay_B = torch.floor(open_B * ratio_B.clamp(min=0.0)).long()
+    # fp64 and a hair: cos(pi/3) is 0.49999997 in fp32, and its floor one position too few.
+    ratio_B = torch.cos(math.pi / 2 * ((step_B.double() + 1) / steps).clamp(max=1.0)).clamp(min=0.0)
+    stay_B = torch.floor(open_B * ratio_B + 1e-9).long()
     return Quota(masked_BL, masked_BL.sum(1) - stay_B)
 
 
 @schedule.register
 def blocks(
-    masked_BL: Tensor, step_B: Tensor, open_B: Tensor, *, size: int, per_step: int | None = None, steps: int | None = None
+    masked_BL: Tensor,
+    step_B: Tensor,
+    open_B: Tensor,
+    *,
+    size: int,
+    per_step: int | None = None,
+    steps: int | None = None,
 ) -> Quota:
     """Blocks of `size` from left to right, each finished before the next (semi-autoregressive, LLaDA section 2.4).
 
@@ -76,7 +85,8 @@ def check_blocks(length: int, *, size: int, per_step: int | None, steps: int | N
         raise RecipeError(f"schedule.per_step: {per_step} must lie between 1 and the block size {size}.")
     if steps is not None and (steps % (length // size) or not length // size <= steps <= length):
         raise RecipeError(
-            f"schedule.steps: {steps} must be a multiple of the {length // size} blocks and at most the canvas {length}."
+            f"schedule.steps: {steps} must be a multiple of the {length // size} blocks "
+            f"and at most the canvas {length}."
         )
 
 

@@ -5,18 +5,21 @@ All scores are log-like, higher first and at most 0, so that `threshold` compare
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..recipes.registry import SLOTS
+from .categorical import best_logprob
 
 score = SLOTS["score"]
 
 
 @score.register
 def confidence(logp_KV: Tensor, position_K: Tensor, noise_K: Tensor) -> Tensor:
-    """max_v log p(v): the log-probability of the likeliest token (log, so that values near 1 do not tie)."""
-    return logp_KV.amax(dim=-1)
+    """max_v log p(v): the log-probability of the likeliest token, precise where p rounds to 1, so that none tie."""
+    return best_logprob(logp_KV)
 
 
 @score.register
@@ -29,9 +32,11 @@ def entropy(logp_KV: Tensor, position_K: Tensor, noise_K: Tensor) -> Tensor:
 def margin(logp_KV: Tensor, position_K: Tensor, noise_K: Tensor) -> Tensor:
     """log(p_1 - p_2): the gap between the two likeliest tokens (Kim et al. 2025, top probability margin)."""
     top_K2 = logp_KV.topk(2, dim=-1).values
-    # log(p1 - p2) = log p1 + log(1 - p2/p1), stable where both are small.
-    gap_K = -torch.expm1(top_K2[:, 1] - top_K2[:, 0])
-    return top_K2[:, 0] + gap_K.clamp(min=torch.finfo(gap_K.dtype).tiny).log()
+    fall_K = top_K2[:, 1] - top_K2[:, 0]
+    # log(p1 - p2) = log p1 + log(1 - p2/p1); expm1 keeps small gaps, log1p gaps near 1.
+    near_K = -torch.expm1(fall_K).clamp(max=-torch.finfo(fall_K.dtype).tiny)
+    gap_K = torch.where(fall_K > -math.log(2), near_K.log(), torch.log1p(-fall_K.exp()))
+    return best_logprob(logp_KV) + gap_K
 
 
 @score.register

@@ -56,12 +56,6 @@ def sampled_confidence(score_BL: Tensor, quota: Quota, *, exact: bool = True) ->
 sampled_confidence.draws_first = True  # type: ignore[attr-defined]
 
 
-def drawn_confidence(logits_KV: Tensor, token_K: Tensor, *, score_temperature: float, banned: tuple[int, ...]) -> Tensor:
-    """Return the log-odds of each drawn token at the score's temperature: what `sampled_confidence` ranks by."""
-    odds_KV = log_odds(log_probs(logits_KV, temperature=score_temperature, banned=banned))
-    return odds_KV.gather(1, token_K[:, None]).squeeze(1)
-
-
 def tail_logprob(
     logits_KV: Tensor,
     bar_K: Tensor,
@@ -74,8 +68,9 @@ def tail_logprob(
     """Return log q({v : c(v) < bar}), the log-probability that a position's draw stayed below the bar.
 
     Shapes: `logits_KV`, `bar_K` and `tie_K` (True where a draw that equals the bar loses, because the tie goes to the
-    smaller index) give `logprob_K`. c is the log-odds at `score_temperature`, q the draw's distribution at `temperature`
-    (samplers.md section 1.3). Differentiable in the logits through q; the set of tokens below is a step function.
+    smaller index) give `logprob_K`. c is the log-odds at `score_temperature`, q the draw's distribution at
+    `temperature` (samplers.md section 1.3). Differentiable in the logits through q; the set of tokens below is a step
+    function.
     """
     odds_KV = log_odds(log_probs(logits_KV, temperature=score_temperature, banned=banned)).detach()
     below_KV = (odds_KV < bar_K[:, None]) | (tie_K[:, None] & (odds_KV == bar_K[:, None]))

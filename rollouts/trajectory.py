@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ class Trajectory:
     Shapes: `B` rollouts, `Q` prompt tokens (left padded), `L` canvas, `S` steps of the longest row.
     `tokens_BL` is the final canvas with the mask id where nothing was decided (behind the first EOS, when the sampler
     stops there). `source_BL` says PAD (undecided), SAMPLED or GIVEN. `born_BL` is the step, counted from 0, that
-    committed a token and `rank_BL` its place inside the step; both are -1 where nothing was sampled. `logprob_BL` is the
-    behaviour log-probability in nats at `temperature`, 0 where nothing was sampled. `choice_logprob_BS` is the
+    committed a token and `rank_BL` its place inside the step; both are -1 where nothing was sampled. `logprob_BL` is
+    the behaviour log-probability in nats at `temperature`, 0 where nothing was sampled. `choice_logprob_BS` is the
     log-probability of the *positions* chosen at a step where the selection depends on drawn tokens (samplers.md 1.3).
     `banned_token_ids`, the mask and where it is suppressed EOS, had probability 0.
     """
@@ -83,7 +84,7 @@ class Trajectory:
         """Join trajectories along B; prompts are padded left and step tables right to the longest."""
         first = parts[0]
         width = max(part.prompt_BQ.shape[1] for part in parts)
-        joined: dict[str, Tensor] = {}
+        joined: dict[str, Any] = {}
         for name in first._tensors():
             values = [getattr(part, name) for part in parts]
             if name.startswith("prompt"):
@@ -94,7 +95,7 @@ class Trajectory:
             joined[name] = torch.cat(values)
         return replace(first, **joined)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Any]:
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return {name: value for name, value in values if isinstance(value, Tensor)}
 

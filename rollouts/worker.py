@@ -102,7 +102,8 @@ class RolloutWorker:
         parts = []
         for start in range(0, len(owner_B), self.micro_batch):
             chosen = owner_B[start : start + self.micro_batch].tolist()
-            prompt_BQ, prompt_mask_BQ = pad_left([prompts[i] for i in chosen], self.tokenizer.pad_token_id)
+            # Padding is never attended, so that any id will do for a tokenizer without one.
+            prompt_BQ, prompt_mask_BQ = pad_left([prompts[i] for i in chosen], self.tokenizer.pad_token_id or 0)
             canvas_BL = torch.full((len(chosen), self.canvas), self.denoiser.family.mask_token_id)
             part = denoise(
                 self.denoiser,
@@ -127,7 +128,9 @@ class RolloutWorker:
         return ids, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def prompt(self, row: Row, index: int = 0) -> list[int]:
-        """Return the ids of a row's prompt; RecipeError when they exceed `prompt_limit`."""
+        """Return the ids of a row's prompt; RecipeError when there is none or it exceeds `prompt_limit`."""
+        if "prompt" not in row:
+            raise RecipeError(f"task row {index}: there is no column 'prompt' (it has {', '.join(map(str, row))}).")
         ids = prompt_ids(self.tokenizer, row["prompt"])
         if len(ids) > self.prompt_limit:
             raise RecipeError(

@@ -24,3 +24,9 @@ def _load(name: str) -> ModuleType:
 def toys() -> ModuleType:
     """The enumerable denoiser and its trajectories (tests/toys.py)."""
     return _load("toys")
+
+
+@pytest.fixture(scope="session")
+def onegraph() -> ModuleType:
+    """Off-policy toy rollouts and their loss written out independently (tests/onegraph.py)."""
+    return _load("onegraph")

@@ -71,7 +71,11 @@ TYPES: list[Case] = [
     ("number for a part", ["rollout.sampler.score=3"], ["rollout.sampler.score: 3 names no part", "write `name`"]),
     ("one beta", ["optim.betas=[0.9]"], ["optim.betas.1: is missing"]),
     ("text in betas", ["optim.betas=[a, b]"], ["optim.betas.0: 'a' is not a number"]),
-    ("choice", ["optim.schedule=cosin"], ["'cosin' is not allowed", "constant, linear, cosine", "Did you mean 'cosine'?"]),
+    (
+        "choice",
+        ["optim.schedule=cosin"],
+        ["'cosin' is not allowed", "constant, linear, cosine", "Did you mean 'cosine'?"],
+    ),
     ("dtype", ["model.dtype=float16"], ["model.dtype: 'float16'", "float32, bfloat16"]),
     ("tracker", ["run.report_to=wandbb"], ["report_to.0: 'wandbb'", "Did you mean 'wandb'?"]),
     ("device", ["model.device=gpu"], ["model.device: 'gpu' does not have the form", "cuda"]),
@@ -110,7 +114,11 @@ PARTS: list[Case] = [
     ("evaluation's part", ["evaluation.sampler.score=marjin"], ["evaluation.sampler.score", "Did you mean 'margin'?"]),
     ("no name", ["task={level: easy}"], ["task: {'level': 'easy'} names no part"]),
     ("number as a name", ["task={name: 3}"], ["task", "3 is not a name"]),
-    ("module that does not exist", ["rewards.0.name=nowhere_zz:f"], ["cannot import 'nowhere_zz:f'", "No module named"]),
+    (
+        "module that does not exist",
+        ["rewards.0.name=nowhere_zz:f"],
+        ["cannot import 'nowhere_zz:f'", "No module named"],
+    ),
     ("function that does not exist", ["objective.weight=math:nothing"], ["cannot import 'math:nothing'"]),
     ("constant for a function", ["objective.weight=math:pi"], ["'math:pi' is 3.14", "not a function"]),
 ]
@@ -139,7 +147,11 @@ CONTRADICTIONS: list[Case] = [
     ("group of one", ["rollout.group=1"], ["rollout.group: 1 rollout", "'group_mean'", "use 2 or more"]),
     ("greedy rollouts", ["rollout.temperature=0"], ["rollout.temperature: 0", "no behaviour log-prob", "above 0"]),
     ("blocks", ["rollout.canvas=40"], ["blocks of 16 do not divide the canvas of 40", "use 20", "rollout.canvas: 40"]),
-    ("per step", ["rollout.sampler.schedule.per_step=17"], ["schedule.per_step: 17", "between 1 and the block size 16"]),
+    (
+        "per step",
+        ["rollout.sampler.schedule.per_step=17"],
+        ["schedule.per_step: 17", "between 1 and the block size 16"],
+    ),
     ("two paces", ["rollout.sampler.schedule.steps=8"], ["exactly one of per_step", "steps"]),
     ("block size", ["rollout.sampler.schedule.size=0"], ["schedule.size: 0 must be at least 1"]),
     (
@@ -175,13 +187,21 @@ CONTRADICTIONS: list[Case] = [
         ["objective.estimator={steps: uniform_k, k: 2}", "objective.unit=rollout"],
         ["objective.unit: 'rollout' needs the ratio of the whole rollout", "use unit step or token"],
     ),
-    ("beta without reference", ["objective.reference=none"], ["objective.beta 0.04", "set beta to 0, or reference to auto"]),
+    (
+        "beta without reference",
+        ["objective.reference=none"],
+        ["objective.beta 0.04", "set beta to 0, or reference to auto"],
+    ),
     (
         "adapter off without adapter",
         ["objective.reference=adapter_off", "model.lora=null"],
         ["adapter_off needs an adapter", "use frozen_copy"],
     ),
-    ("correction of the same", ["objective.correction=truncated"], ["objective.correction", "set objective.old to recompute"]),
+    (
+        "correction of the same",
+        ["objective.correction=truncated"],
+        ["objective.correction", "set objective.old to recompute"],
+    ),
     ("ceiling without correction", ["objective.correction.ceiling=2"], ["ceiling: has no effect", "name it truncated"]),
     ("correction's ceiling", ["objective.correction={name: truncated, ceiling: -1}"], ["ceiling: -1", "> 0"]),
     ("weights of zero", ["rewards.0.weight=0"], ["rewards: every weight is 0"]),
@@ -225,7 +245,11 @@ TEXTS: list[tuple[str, str, list[str]]] = [
     ("an unknown alias", "a: *b\n", ["undefined alias"]),
     ("two documents", RL + "---\nname: b\n", ["not readable as YAML", "another document"]),
     ("no canvas", RL.replace("  canvas: 32\n", ""), ["rollout.canvas: is missing", "completion positions"]),
-    ("no model", RL.replace("model: ", "modell: "), ["modell: unknown key", "Did you mean 'model'?", "(1 of 2 problems)"]),
+    (
+        "no model",
+        RL.replace("model: ", "modell: "),
+        ["modell: unknown key", "Did you mean 'model'?", "(1 of 2 problems)"],
+    ),
 ]
 
 RL_CASES = {
@@ -334,8 +358,14 @@ def test_data(text: str | None, overrides: list[str], says: list[str], tmp_path:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["task={name: countdown, numbers: [4, 3]}", "rewards=[countdown]"], ["task.numbers: [4, 3]", "2 <= low <= high"]),
-        (["task={name: sudoku, clues: [3, 16]}", "rewards=[sudoku]"], ["task.clues: [3, 16]", "0 <= low <= high <= 15"]),
+        (
+            ["task={name: countdown, numbers: [4, 3]}", "rewards=[countdown]"],
+            ["task.numbers: [4, 3]", "2 <= low <= high"],
+        ),
+        (
+            ["task={name: sudoku, clues: [3, 16]}", "rewards=[sudoku]"],
+            ["task.clues: [3, 16]", "0 <= low <= high <= 15"],
+        ),
         (["task={name: arithmetic, operations: [0, 2]}"], ["task.operations: [0, 2]", "1 <= low"]),
         (["rewards=[sudoku]"], ["reward 'sudoku' needs the column 'puzzle'"]),
         (

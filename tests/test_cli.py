@@ -90,7 +90,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ((), ("--help",)):
         assert run(*arguments) == 0
         text = capsys.readouterr().out
-        for command in "train sft evaluate sample check parts methods cp schema doctor".split():
+        for command in ["train", "sft", "evaluate", "sample", "check", "parts", "methods", "cp", "schema", "doctor"]:
             assert f"\n  {command} " in text
         assert "..." not in text.partition("Commands:")[2], "a summary is cut off"
     assert run("--version") == 0
@@ -121,12 +121,20 @@ def test_sft_evaluate_sample_and_doctor_pass_their_options(calls: list[Any]) -> 
     assert calls[0][0] == "sft" and calls[0][1][0].kind == "sft" and calls[0][2] == {"nproc": 1, "resume": None}
     assert calls[1] == ("evaluate", ("runs/mine",), {"overrides": ["evaluation.temperature=0"], "problems": 64})
     assert calls[2] == ("sample", ("unmask:tiny",), {"prompt": "1 a+2", "overrides": []})
-    assert calls[3] == ("doctor", (), {}) and json.loads(Path("doctor.json").read_text()) == {"did": "doctor"}
+    assert calls[3] == ("doctor", (), {"model": None}) and json.loads(Path("doctor.json").read_text()) == {
+        "did": "doctor"
+    }
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [("train",), ("train", "a=b"), ("train", "mine.yaml", "other.yaml"), ("check", "mine.yaml", "--nope"), ("sft", "mine.yaml")],
+    [
+        ("train",),
+        ("train", "a=b"),
+        ("train", "mine.yaml", "other.yaml"),
+        ("check", "mine.yaml", "--nope"),
+        ("sft", "mine.yaml"),
+    ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(
     arguments: tuple[str, ...], calls: list[Any], capsys: pytest.CaptureFixture[str]
@@ -169,7 +177,9 @@ def test_errors_of_others_keep_their_traceback(error: Exception, monkeypatch: py
 def test_a_users_rewards_are_found_where_the_command_runs_and_shadow_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "own_rewards_for_test.py").write_text("def short(completions, **kwargs):\n    return [0.0] * len(completions)\n")
+    (tmp_path / "own_rewards_for_test.py").write_text(
+        "def short(completions, **kwargs):\n    return [0.0] * len(completions)\n"
+    )
     (tmp_path / "json.py").write_text("raise RuntimeError('shadowed')\n")
     assert run("check", "mine.yaml", "rewards=['own_rewards_for_test:short']") == 0
     assert "1 x own_rewards_for_test:short" in capsys.readouterr().out
@@ -179,7 +189,13 @@ def test_a_users_rewards_are_found_where_the_command_runs_and_shadow_nothing(
 def test_check_prints_what_a_run_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("check", "mine.yaml", "run.save_every=50", "--json", "facts.json") == 0
     text, facts = capsys.readouterr().out, json.loads(Path("facts.json").read_text())
-    for fragment in ("nfe at most", "cj_grpo", "LoRA rank 4, alpha 8", "note: run.save_every 50", "ok; next: unmask train mine.yaml"):
+    for fragment in (
+        "nfe at most",
+        "cj_grpo",
+        "LoRA rank 4, alpha 8",
+        "note: run.save_every 50",
+        "ok; next: unmask train mine.yaml",
+    ):
         assert fragment in text
     assert (facts["canvas"], facts["nfe_at_most"], facts["rollouts_a_batch"]) == (32, 16, 8)
 

@@ -7,24 +7,30 @@ import importlib.util
 import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 import torch
 import yaml
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unmask.policies import families
-from unmask.policies.denoiser import load_denoiser
-from unmask.recipes.loading import load_methods, parse_recipe, resolve
+from unmask.policies.denoiser import load_denoiser, new_denoiser
+from unmask.recipes.loading import load_methods, parse_recipe, resolve, slot_of
 from unmask.recipes.reading import shipped_recipes
 from unmask.recipes.registry import SLOTS, RecipeError
+from unmask.recipes.schema import Recipe, Section, SftRecipe
 from unmask.rewards.building import build_rewards
 from unmask.rollouts import selection
 from unmask.rollouts.schedules import Quota
 
 ROOT = Path(__file__).parents[1]
+TABLES = "<!-- written by tests/test_documents.py -->\n\n"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -37,6 +43,62 @@ def fence(path: Path, language: str, word: str) -> str:
     """Return the one code block that contains `word`."""
     (found,) = [text for text in fences(path, language) if word in text]
     return found
+
+
+def plain(annotation: Any) -> str:
+    """Return a field's type in words."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return plain(args[0])
+    if origin is Literal:
+        return " ".join(f"`{value}`" for value in args)
+    if origin in (Union, UnionType):
+        return " or ".join(plain(kind) for kind in args)
+    if origin in (list, tuple):
+        return f"list of {plain(args[0])}"
+    words = {bool: "true or false", int: "whole number", float: "number", str: "text", type(None): "null"}
+    return words.get(annotation, "section")
+
+
+def sections_of(annotation: Any) -> Iterator[type[Section]]:
+    """Yield the sections that a field's type names."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from sections_of(inner)
+
+
+def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield a table row for every key of a section and of the sections in it: name, values, default, meaning."""
+    for name, info in section.model_fields.items():
+        slot, values = slot_of(info), plain(info.annotation)
+        if slot is not None:
+            values = f"part of `{slot}`" if not values.startswith("list") else f"list of parts of `{slot}`"
+        default = "required" if info.is_required() else shown(info.get_default(call_default_factory=True))
+        yield f"| `{prefix}{name}` | {values} | {default} | {info.description} |"
+        if prefix + name != "evaluation.sampler":  # its keys are those of rollout.sampler
+            for inner in sections_of(info.annotation) if slot is None else ():
+                yield from keys_of(inner, f"{prefix}{name}.")
+
+
+def shown(value: object) -> str:
+    """Return a default as a recipe would write it."""
+    if isinstance(value, BaseModel):
+        return ""
+    return f"`{json.dumps(value['name'] if isinstance(value, dict) else value)}`"
+
+
+def key_tables() -> str:
+    """Return the tables of docs/recipes.md, made from the schema that checks recipes."""
+    head = "| key | values | default | meaning |\n|---|---|---|---|\n"
+    rows = list(keys_of(Recipe))
+    supervised = [row for row in keys_of(SftRecipe) if row not in rows]
+    return head + "\n".join(rows) + "\n\nSupervised recipes differ in:\n\n" + head + "\n".join(supervised) + "\n"
+
+
+def test_the_table_of_keys_is_the_schema() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    assert text.partition(TABLES)[2] == key_tables(), "write it anew: .venv/bin/python tests/test_documents.py"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
@@ -88,6 +150,19 @@ def test_the_methods_table_is_the_methods() -> None:
         assert f"`{named['name']}`" in surrogate and f"`{choice['advantage']}`" in advantage
         assert {float(n) for n in re.findall(r"\d[\d.e-]*", surrogate)} == {v for k, v in named.items() if k != "name"}
         assert divergence == (f"{choice['divergence']}, beta {choice['beta']}" if choice["beta"] else "none")
+
+
+def test_the_readmes_python_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = fence(ROOT / "README.md", "python", "UnmaskTrainer(")
+    # One step of a random model says that the names fit; what the tiny model learns is measured elsewhere.
+    new_denoiser(hidden_size=16, layers=1, heads=2, mlp=16).save(tmp_path / "model")
+    for old, new in (("unmask:tiny", str(tmp_path / "model")), ("max_steps=20", "max_steps=1")):
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    (line,) = (tmp_path / "runs" / "sevens" / "metrics.jsonl").read_text().splitlines()
+    assert "loss" in json.loads(line)
 
 
 def test_the_example_of_a_trajectory_prints_what_stands_below_it() -> None:
@@ -157,3 +232,8 @@ def test_minimal_has_as_many_lines_as_the_readme_says() -> None:
     spec = importlib.util.find_spec("unmask.recipes.minimal")
     assert spec is not None and spec.origin is not None
     assert len(Path(spec.origin).read_text().splitlines()) == int(lines)
+
+
+if __name__ == "__main__":
+    document = ROOT / "docs" / "recipes.md"
+    document.write_text(document.read_text().partition(TABLES)[0] + TABLES + key_tables())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -16,10 +15,7 @@ from unmask.rl.losses import NonFiniteError
 from unmask.rl.objective import Objective, build_objective
 from unmask.rl.plan import Plan
 from unmask.rl.replay import IMPOSSIBLE
-from unmask.rollouts.sampler import Sampler, build_sampler, denoise
-from unmask.rollouts.trajectory import Trajectory
 
-ROWS = 12
 UNITS, BOUNDS, SURROGATES, DIVERGENCES = (
     ("token", "step", "rollout"),
     ("sum", "mean"),
@@ -28,136 +24,15 @@ UNITS, BOUNDS, SURROGATES, DIVERGENCES = (
 )
 
 
-@dataclass
-class World:
-    """Rollouts of one toy (`behaviour`), to be learnt from by another (`policy`), with ragged lengths and prompts."""
-
-    policy: object
-    behaviour: object
-    reference: object
-    rule: object
-    sampler: Sampler
-    trajectory: Trajectory
-    advantage_B: Tensor
-
-
-def world(toys: ModuleType, name: str, *, distance: float = 0.3) -> World:
-    policy, behaviour, reference, noise = toys.Toy(1), toys.Toy(1), toys.Toy(2), toys.Toy(3)
-    for p, q in zip(behaviour.model.parameters(), noise.model.parameters(), strict=True):
-        p.data += distance * q.data
-    rule = toys.RULES[name]
-    sampler = build_sampler(toys.section(rule), temperature=rule.temperature)
-    rng = torch.Generator().manual_seed(0)
-    prompt_BQ = torch.randint(0, 5, (ROWS, 3), generator=rng)
-    mask_BQ = torch.arange(3) >= torch.randint(0, 3, (ROWS, 1), generator=rng)
-    canvas_BL = torch.full((ROWS, toys.L), toys.MASK)
-    canvas_BL[3, 1] = 0  # a given token
-    trajectory = denoise(behaviour, sampler, prompt_BQ, mask_BQ, canvas_BL, 100 + torch.arange(ROWS), seed=4)
-    advantage_B = torch.randn(ROWS, generator=rng)
-    advantage_B[5], advantage_B[7] = 0.0, torch.nan
-    return World(policy, behaviour, reference, rule, sampler, trajectory, advantage_B)
-
-
 def objective(**choices: object) -> Objective:
     section = {"estimator": "trace", "unit": "token", "surrogate": "importance", "weight": "uniform", "chunk": 5}
     return build_objective(section | choices)
 
 
-def gradient(w: World, chosen: Objective, **changes: object) -> tuple[dict[str, float], Tensor, Plan]:
+def gradient(w, chosen: Objective, **changes: object) -> tuple[dict[str, float], Tensor, Plan]:
     w = replace(w, **changes)
     plan = chosen.plan(w.policy, w.reference, w.trajectory, w.advantage_B, rng=None, sampler=w.sampler)
     return chosen.backward(w.policy, plan), w.policy.gradient(), plan
-
-
-class OneGraph:
-    """The same loss, written independently: Python loops over rollouts, steps and tokens, one graph, no chunks."""
-
-    def __init__(self, toys: ModuleType, w: World, tokens: str = "until_eos") -> None:
-        self.toys, self.w, t = toys, w, w.trajectory
-        self.actions: dict[int, dict[int, list[int]]] = {}
-        for b in range(len(t)):
-            ids, born = t.tokens_BL[b].tolist(), t.born_BL[b].tolist()
-            end = ids.index(toys.EOS) if toys.EOS in ids and tokens == "until_eos" else toys.L
-            steps: dict[int, list[int]] = defaultdict(list)
-            for i in range(toys.L):
-                if born[i] >= 0 and i <= end:
-                    steps[born[i]].append(i)
-            self.actions[b] = dict(steps)
-
-    def logits(self, denoiser, b: int, step: int) -> tuple[Tensor, list[int]]:
-        t, toys = self.w.trajectory, self.toys
-        born, source = t.born_BL[b].tolist(), t.source_BL[b].tolist()
-        canvas = [
-            t.tokens_BL[b, i].item() if source[i] == 2 or 0 <= born[i] < step else toys.MASK for i in range(toys.L)
-        ]
-        prompt = t.prompt_BQ[b][t.prompt_mask_BQ[b]]
-        return denoiser.logits(torch.cat([prompt, torch.tensor(canvas)])[None])[0, -toys.L :, : toys.V], canvas
-
-    def token(self, denoiser, b: int, step: int, i: int) -> Tensor:
-        logits_LV, _ = self.logits(denoiser, b, step)
-        return (logits_LV[i] / self.w.rule.temperature).log_softmax(-1)[self.w.trajectory.tokens_BL[b, i]]
-
-    def choice(self, denoiser, b: int, step: int) -> Tensor:
-        logits_LV, canvas = self.logits(denoiser, b, step)
-        q = (logits_LV / self.w.rule.temperature).softmax(-1)
-        p = (logits_LV / self.w.rule.score_temperature).softmax(-1).detach()
-        ids, born = self.w.trajectory.tokens_BL[b].tolist(), self.w.trajectory.born_BL[b].tolist()
-        bar, last = min((p[i, ids[i]].item(), -i) for i in range(self.toys.L) if born[i] == step)
-        total = torch.zeros((), dtype=q.dtype)
-        for j in range(self.toys.L):
-            if canvas[j] == self.toys.MASK and born[j] != step:
-                below = [q[j, v] for v in range(self.toys.V) if (p[j, v].item(), -j) < (bar, last)]
-                if not below:
-                    return torch.tensor(IMPOSSIBLE, dtype=q.dtype)
-                total = total + sum(below).log()
-        return total
-
-    def log_probs(self, denoiser) -> dict[tuple, Tensor]:
-        """Return the log-prob of every action, keyed by (rollout, step, position, or "choice")."""
-        found = {}
-        for b, steps in self.actions.items():
-            for step, positions in steps.items():
-                found |= {(b, step, i): self.token(denoiser, b, step, i) for i in positions}
-                if self.w.sampler.exact_choice:
-                    found[b, step, "choice"] = self.choice(denoiser, b, step)
-        return found
-
-    def recorded(self) -> dict[tuple, Tensor]:
-        t = self.w.trajectory
-        return {
-            (b, s, i): t.choice_logprob_BS[b, s] if i == "choice" else t.logprob_BL[b, i]
-            for b, s, i in self.log_probs(self.w.policy)
-        }
-
-    def loss(self, *, unit, bound, surrogate, weight, divergence, beta, ceiling=None, recompute=None) -> Tensor:
-        new, behaviour = self.log_probs(self.w.policy), self.recorded()
-        old = behaviour if recompute is None else {k: v.detach() for k, v in self.log_probs(recompute).items()}
-        applies = {b: steps for b, steps in self.actions.items() if not self.w.advantage_B[b].isnan()}
-        mass, total = 0.0, torch.zeros((), dtype=torch.float64)
-        for b, steps in applies.items():
-            share = {s: 1.0 if weight == "uniform" else 1 / (len(pos) * len(steps)) for s, pos in steps.items()}
-            mass += sum(share[s] * len(pos) for s, pos in steps.items())
-            members = defaultdict(list)
-            for key in (k for k in new if k[0] == b):
-                members[{"token": key, "step": key[:2], "rollout": b}[unit]].append(key)
-            for keys in members.values():
-                size = sum(k[2] != "choice" for k in keys)
-                scale = 1 / max(size, 1) if bound == "mean" else 1.0
-                w_u = sum(share[k[1]] for k in keys if k[2] != "choice" or size == 0)
-                ratio = (scale * sum(new[k] - old[k] for k in keys)).exp()
-                a = self.w.advantage_B[b]
-                value = -ratio * a
-                if surrogate == "ppo_clip":
-                    value = -torch.min(ratio * a, ratio.clamp(0.9, 1.2) * a)
-                if ceiling is not None:
-                    value = value * (scale * sum(old[k] - behaviour[k] for k in keys)).exp().clamp(max=ceiling)
-                total = total + w_u * value
-            for key, logprob in new.items():
-                if beta and key[0] == b and key[2] != "choice":
-                    d = logprob - self.token(self.w.reference, *key).detach()
-                    term = {"1": d, "2": d * d / 2, "3": (-d).exp() - 1 + d}[divergence]
-                    total = total + beta * share[key[1]] * term
-        return total / mass
 
 
 CLIP = {"name": "ppo_clip", "low": 0.1, "high": 0.2}
@@ -169,10 +44,17 @@ CLIP = {"name": "ppo_clip", "low": 0.1, "high": 0.2}
     ("unit", "bound", "surrogate", "divergence"), list(itertools.product(UNITS, BOUNDS, SURROGATES, DIVERGENCES))
 )
 def test_chunked_gradient_equals_the_one_graph_gradient(
-    toys: ModuleType, name: str, weight: str, unit: str, bound: str, surrogate: str, divergence: str
+    toys: ModuleType,
+    onegraph: ModuleType,
+    name: str,
+    weight: str,
+    unit: str,
+    bound: str,
+    surrogate: str,
+    divergence: str,
 ) -> None:
-    w = world(toys, name)
-    expected = OneGraph(toys, w).loss(
+    w = onegraph.world(toys, name)
+    expected = onegraph.OneGraph(toys, w).loss(
         unit=unit, bound=bound, surrogate=surrogate, weight=weight, divergence=divergence, beta=0.7
     )
     expected.backward()
@@ -188,15 +70,17 @@ def test_chunked_gradient_equals_the_one_graph_gradient(
 @pytest.mark.parametrize("name", ["confidence_1_stop", "sampled_1_stop"])
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("bound", BOUNDS)
-def test_truncated_correction_weighs_recomputed_ratios(toys: ModuleType, name: str, unit: str, bound: str) -> None:
-    w = world(toys, name)
+def test_truncated_correction_weighs_recomputed_ratios(
+    toys: ModuleType, onegraph: ModuleType, name: str, unit: str, bound: str
+) -> None:
+    w = onegraph.world(toys, name)
     correction = {"name": "truncated", "ceiling": 1.1}
     chosen = objective(unit=unit, bound=bound, surrogate=CLIP, old="recompute", correction=correction)
-    old = world(toys, name, distance=-0.2).behaviour
+    old = onegraph.world(toys, name, distance=-0.2).behaviour
     plan = chosen.plan(old, None, w.trajectory, w.advantage_B, rng=None, sampler=w.sampler)
     chosen.backward(w.policy, plan)
     found = w.policy.gradient()
-    OneGraph(toys, w).loss(
+    onegraph.OneGraph(toys, w).loss(
         unit=unit,
         bound=bound,
         surrogate="ppo_clip",
@@ -218,25 +102,25 @@ COMBINATIONS = [("token", "sum", "uniform"), ("step", "mean", "per_step_mean"), 
 class TestInvariance:
     """Nothing about how a batch is laid out changes the gradient."""
 
-    def parts(self, toys, name, unit, bound, weight, chunk=5):
-        w = world(toys, name)
+    def parts(self, onegraph, toys, name, unit, bound, weight, chunk=5):
+        w = onegraph.world(toys, name)
         chosen = objective(unit=unit, bound=bound, weight=weight, surrogate=CLIP, beta=0.3, chunk=chunk)
         return w, chosen
 
-    def test_chunk_size(self, toys, name, unit, bound, weight) -> None:
-        exact = gradient(*self.parts(toys, name, unit, bound, weight, chunk=1000))[1]
+    def test_chunk_size(self, onegraph, toys, name, unit, bound, weight) -> None:
+        exact = gradient(*self.parts(onegraph, toys, name, unit, bound, weight, chunk=1000))[1]
         for chunk in (1, 2, 7):
-            found = gradient(*self.parts(toys, name, unit, bound, weight, chunk=chunk))[1]
+            found = gradient(*self.parts(onegraph, toys, name, unit, bound, weight, chunk=chunk))[1]
             torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9)
 
-    def test_order_of_rollouts(self, toys, name, unit, bound, weight) -> None:
-        w, chosen = self.parts(toys, name, unit, bound, weight)
-        order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
+    def test_order_of_rollouts(self, onegraph, toys, name, unit, bound, weight) -> None:
+        w, chosen = self.parts(onegraph, toys, name, unit, bound, weight)
+        order = torch.randperm(onegraph.ROWS, generator=torch.Generator().manual_seed(1))
         shuffled = {"trajectory": w.trajectory.select(order), "advantage_B": w.advantage_B[order]}
         torch.testing.assert_close(gradient(w, chosen, **shuffled)[1], gradient(w, chosen)[1], rtol=1e-6, atol=1e-9)
 
-    def test_prompt_padding(self, toys, name, unit, bound, weight) -> None:
-        w, chosen = self.parts(toys, name, unit, bound, weight)
+    def test_prompt_padding(self, onegraph, toys, name, unit, bound, weight) -> None:
+        w, chosen = self.parts(onegraph, toys, name, unit, bound, weight)
         padded = replace(
             w.trajectory,
             prompt_BQ=torch.nn.functional.pad(w.trajectory.prompt_BQ, (4, 0), value=1),
@@ -245,11 +129,11 @@ class TestInvariance:
         found = gradient(w, chosen, trajectory=padded)[1]
         torch.testing.assert_close(found, gradient(w, chosen)[1], rtol=1e-6, atol=1e-9)
 
-    def test_ranks(self, toys, name, unit, bound, weight, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_ranks(self, onegraph, toys, name, unit, bound, weight, monkeypatch: pytest.MonkeyPatch) -> None:
         """Two unequal shares with the global mass: their gradients and losses sum to those of one process."""
-        w, chosen = self.parts(toys, name, unit, bound, weight)
+        w, chosen = self.parts(onegraph, toys, name, unit, bound, weight)
         statistics, exact, whole = gradient(w, chosen)
-        shares, seen = [torch.arange(4), torch.arange(4, ROWS)], []
+        shares, seen = [torch.arange(4), torch.arange(4, onegraph.ROWS)], []
         monkeypatch.setattr("unmask.rl.objective.total", lambda value: seen.append(value) or whole.mass)
         found, loss = torch.zeros_like(exact), 0.0
         for share in shares:
@@ -260,9 +144,9 @@ class TestInvariance:
         assert loss == pytest.approx(statistics["loss"], rel=1e-6)
         torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9)
 
-    def test_saved_plan(self, toys, name, unit, bound, weight) -> None:
+    def test_saved_plan(self, onegraph, toys, name, unit, bound, weight) -> None:
         """A plan restored from its tensors gives the very same bits."""
-        w, chosen = self.parts(toys, name, unit, bound, weight)
+        w, chosen = self.parts(onegraph, toys, name, unit, bound, weight)
         statistics, exact, plan = gradient(w, chosen)
         saved = plan.tensors()
         assert len({tensor.data_ptr() for tensor in saved.values()}) == len(saved), "safetensors refuses shared memory"
@@ -271,18 +155,18 @@ class TestInvariance:
         assert torch.equal(w.policy.gradient(), exact)
 
 
-def test_first_inner_step_has_ratio_one(toys: ModuleType) -> None:
+def test_first_inner_step_has_ratio_one(toys: ModuleType, onegraph: ModuleType) -> None:
     for name in toys.RULES:
         for unit in UNITS:
-            w = world(toys, name, distance=0.0)
+            w = onegraph.world(toys, name, distance=0.0)
             statistics, _, _ = gradient(w, objective(unit=unit, surrogate=CLIP))
             assert statistics["ratio_max_deviation"] <= 1e-6
             assert statistics["mismatch_max"] <= 1e-6
             assert statistics["clip_fraction"] == 0.0
 
 
-def test_rollouts_without_advantage_cost_no_forward_but_keep_their_mass(toys: ModuleType) -> None:
-    w = world(toys, "left_to_right")
+def test_rollouts_without_advantage_cost_no_forward_but_keep_their_mass(toys: ModuleType, onegraph: ModuleType) -> None:
+    w = onegraph.world(toys, "left_to_right")
     statistics, _, plan = gradient(w, objective())
     # All rollouts have 3 tokens but the one with a given token (2) and those that an EOS ends early.
     actions_B = w.trajectory.action_BL().sum(1)
@@ -296,21 +180,21 @@ def test_rollouts_without_advantage_cost_no_forward_but_keep_their_mass(toys: Mo
     assert 5 in with_divergence.views.row_N and 7 not in with_divergence.views.row_N
 
 
-def test_a_batch_with_nothing_to_learn(toys: ModuleType) -> None:
-    for advantage_B in (torch.zeros(ROWS), torch.full((ROWS,), torch.nan)):
-        w = replace(world(toys, "sampled_1"), advantage_B=advantage_B)
+def test_a_batch_with_nothing_to_learn(toys: ModuleType, onegraph: ModuleType) -> None:
+    for advantage_B in (torch.zeros(onegraph.ROWS), torch.full((onegraph.ROWS,), torch.nan)):
+        w = replace(onegraph.world(toys, "sampled_1"), advantage_B=advantage_B)
         for unit in UNITS:
             statistics, found, _ = gradient(w, objective(unit=unit))
             assert statistics["loss"] == 0 and statistics["tokens"] == 0 and not found.any()
             assert all(value == value for value in statistics.values()), "no NaN"
 
 
-def test_statistics_by_hand(toys: ModuleType) -> None:
+def test_statistics_by_hand(toys: ModuleType, onegraph: ModuleType) -> None:
     """Left to right, one token a step: ratios are those of single tokens, known from the two tables."""
-    w = world(toys, "left_to_right", distance=0.5)
+    w = onegraph.world(toys, "left_to_right", distance=0.5)
     chosen = objective(surrogate=CLIP, beta=0.2)
     statistics, _, plan = gradient(w, chosen)
-    graph = OneGraph(toys, w)
+    graph = onegraph.OneGraph(toys, w)
     new, old = graph.log_probs(w.policy), graph.recorded()
     keys = [key for key in new if not w.advantage_B[key[0]].isnan()]
     delta = torch.tensor([(new[key] - old[key]).item() for key in keys], dtype=torch.float64)
@@ -342,11 +226,11 @@ def test_statistics_by_hand(toys: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_choice_that_became_impossible_has_ratio_zero(toys: ModuleType, unit: str) -> None:
+def test_a_choice_that_became_impossible_has_ratio_zero(toys: ModuleType, onegraph: ModuleType, unit: str) -> None:
     """With three tokens the bar can fall below all of them at an open position; with a vocabulary it hardly can."""
-    w = replace(world(toys, "sampled_1_stop"), policy=toys.Toy(6))
+    w = replace(onegraph.world(toys, "sampled_1_stop"), policy=toys.Toy(6))
     statistics, found, _ = gradient(w, objective(unit=unit))
-    graph = OneGraph(toys, w)
+    graph = onegraph.OneGraph(toys, w)
     impossible = sum(value.item() == IMPOSSIBLE for value in graph.log_probs(w.policy).values())
     assert impossible > 0 and statistics["ratio_max_deviation"] >= 1 - 1e-6
     parts = {"unit": unit, "bound": "sum", "surrogate": "importance", "weight": "uniform"}
@@ -356,9 +240,9 @@ def test_a_choice_that_became_impossible_has_ratio_zero(toys: ModuleType, unit: 
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_nan_is_one_error_that_names_the_rollout(toys: ModuleType, unit: str) -> None:
+def test_nan_is_one_error_that_names_the_rollout(toys: ModuleType, onegraph: ModuleType, unit: str) -> None:
     """Before any gradient exists: one chunk holds all views."""
-    w = world(toys, "left_to_right")
+    w = onegraph.world(toys, "left_to_right")
     plan = objective(unit=unit, chunk=1000).plan(
         w.policy, None, w.trajectory, w.advantage_B, rng=None, sampler=w.sampler
     )
@@ -371,11 +255,13 @@ def test_nan_is_one_error_that_names_the_rollout(toys: ModuleType, unit: str) ->
     assert issubclass(NonFiniteError, ValueError)
 
 
-def test_an_infinite_ratio_is_an_error_and_a_clipped_one_is_not(toys: ModuleType) -> None:
-    w = world(toys, "left_to_right")
+def test_an_infinite_ratio_is_an_error_and_a_clipped_one_is_not(toys: ModuleType, onegraph: ModuleType) -> None:
+    w = onegraph.world(toys, "left_to_right")
     for advantage, fails in ((-1.0, True), (1.0, False)):
         chosen = objective(surrogate=CLIP)
-        plan = chosen.plan(w.policy, None, w.trajectory, torch.full((ROWS,), advantage), rng=None, sampler=w.sampler)
+        plan = chosen.plan(
+            w.policy, None, w.trajectory, torch.full((onegraph.ROWS,), advantage), rng=None, sampler=w.sampler
+        )
         old_A = plan.old_A.clone()
         old_A[4] = -2000.0
         if fails:
@@ -404,8 +290,8 @@ def test_impossible_objectives_are_refused_when_built(choices: dict[str, object]
         objective(**choices)
 
 
-def test_plans_that_cannot_be_made_are_refused(toys: ModuleType) -> None:
-    w = world(toys, "sampled_1")
+def test_plans_that_cannot_be_made_are_refused(toys: ModuleType, onegraph: ModuleType) -> None:
+    w = onegraph.world(toys, "sampled_1")
 
     def plan(chosen: Objective, **changes: object) -> None:
         v = replace(w, **changes)
@@ -418,6 +304,6 @@ def test_plans_that_cannot_be_made_are_refused(toys: ModuleType) -> None:
     with pytest.raises(RecipeError, match="choice_logprob_BS is missing"):
         plan(objective(), trajectory=replace(w.trajectory, choice_logprob_BS=None))
     with pytest.raises(ValueError, match="rollout 102 is infinite"):
-        plan(objective(), advantage_B=torch.where(torch.arange(ROWS) == 2, torch.inf, 0.0))
+        plan(objective(), advantage_B=torch.where(torch.arange(onegraph.ROWS) == 2, torch.inf, 0.0))
     with pytest.raises(ValueError, match="does not fit 12 rollouts"):
         plan(objective(), advantage_B=torch.zeros(3))

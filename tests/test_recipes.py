@@ -80,7 +80,11 @@ def test_an_objective_without_a_method_is_enough() -> None:
         ({"name": "a", "x": 1}, "a", {"name": "a", "x": 1}),
         ("a", {"x": 1}, {"name": "a", "x": 1}),
         ("a", "b", "b"),
-        ({"eos": {"rule": "stop", "suppress": True}}, {"eos": {"rule": "none"}}, {"eos": {"rule": "none", "suppress": True}}),
+        (
+            {"eos": {"rule": "stop", "suppress": True}},
+            {"eos": {"rule": "none"}},
+            {"eos": {"rule": "none", "suppress": True}},
+        ),
         ({"x": 1}, None, None),
         ([1, 2], [3], [3]),
     ],
@@ -91,7 +95,14 @@ def test_merge(base_value: Any, top: Any, merged: Any) -> None:
 
 def test_overrides_are_yaml_and_reach_lists_and_bare_parts() -> None:
     data: dict[str, Any] = {"sampler": {"score": "random"}, "rewards": [{"name": "a"}], "lora": None}
-    for override in ("sampler.score.k=3", "rewards.0.weight=0.5", "lora.rank=8", "betas=[0.9, 0.95]", "lr=1e-4", "x=null"):
+    for override in (
+        "sampler.score.k=3",
+        "rewards.0.weight=0.5",
+        "lora.rank=8",
+        "betas=[0.9, 0.95]",
+        "lr=1e-4",
+        "x=null",
+    ):
         apply_override(data, override)
     assert data == {
         "sampler": {"score": {"name": "random", "k": 3}},
@@ -112,7 +123,16 @@ def test_an_override_may_hold_an_equals_sign_and_an_empty_value_is_null() -> Non
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-3", 1e-3), ("1e3", 1000.0), ("-2E5", -2e5), ("1.5e-3", 1.5e-3), ("3", 3), ("'1e-3'", "1e-3"), ("1e", "1e"), ("e5", "e5")],
+    [
+        ("1e-3", 1e-3),
+        ("1e3", 1000.0),
+        ("-2E5", -2e5),
+        ("1.5e-3", 1.5e-3),
+        ("3", 3),
+        ("'1e-3'", "1e-3"),
+        ("1e", "1e"),
+        ("e5", "e5"),
+    ],
 )
 def test_numbers_are_read_as_yaml_1_2_reads_them(text: str, value: Any) -> None:
     read = parse_yaml(text, "here")
@@ -293,7 +313,7 @@ def sections(model: type[BaseModel]) -> typing.Iterator[type[BaseModel]]:
                     yield from sections(leaf)
 
 
-@pytest.mark.parametrize("model", sorted({*sections(Recipe), *sections(SftRecipe)}, key=lambda model: model.__name__))
+@pytest.mark.parametrize("model", sorted({*sections(Recipe), *sections(SftRecipe)}, key=repr))
 def test_every_section_and_field_is_described(model: type[BaseModel]) -> None:
     assert model.__doc__
     bare = [name for name, info in model.model_fields.items() if not info.description]
@@ -308,7 +328,15 @@ def test_the_walk_finds_all_sections() -> None:
 
 @pytest.mark.parametrize(
     ("value", "annotation"),
-    [(float("inf"), int), (float("nan"), int), (float("nan"), float), (10**400, float), (True, int), (True, float), ("x", float)],
+    [
+        (float("inf"), int),
+        (float("nan"), int),
+        (float("nan"), float),
+        (10**400, float),
+        (True, int),
+        (True, float),
+        ("x", float),
+    ],
 )
 def test_coerce_refuses_what_is_no_number(value: Any, annotation: Any) -> None:
     with pytest.raises(RecipeError, match=r"here: .* is not a (whole number|float)\."):
@@ -317,7 +345,7 @@ def test_coerce_refuses_what_is_no_number(value: Any, annotation: Any) -> None:
 
 def test_parts_of_the_users_own_are_checked_like_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_parts_for_test.py").write_text(
-        "import torch\n\n\ndef spread(reward_B, group_B, *, power: float = 2.0):\n    return torch.zeros_like(reward_B)\n"
+        "def spread(reward_B, group_B, *, power: float = 2.0):\n    return 0 * reward_B\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     choice = base("objective.advantage={name: 'own_parts_for_test:spread', power: 3}").objective.advantage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from operator import ge, gt, le, lt
 from typing import Any
 
 import pytest
@@ -14,7 +15,16 @@ from unmask.recipes.loading import dump_recipe, load_recipe
 from unmask.recipes.reading import SCHEMA_FILE, apply_override, parse_yaml, shipped_recipes
 from unmask.recipes.schema import MARK
 
-KINDS = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None), "integer": int, "number": (int, float)}
+KINDS: dict[str, Any] = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "boolean": bool,
+    "null": type(None),
+    "integer": int,
+    "number": (int, float),
+}
+RULES = {"minimum": ge, "maximum": le, "exclusiveMinimum": gt, "exclusiveMaximum": lt}
 KNOWN = {
     "$schema", "$defs", "$ref", "title", "description", "default", "type", "enum", "const", "pattern", "minimum",
     "exclusiveMinimum", "maximum", "exclusiveMaximum", "minLength", "minItems", "maxItems", "minProperties", "items",
@@ -57,9 +67,8 @@ def problems(value: Any, schema: Any, root: dict[str, Any], where: str = "") -> 
 
 def _number_problems(value: Any, schema: dict[str, Any], where: str) -> Iterator[str]:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        rules = {"minimum": value.__ge__, "maximum": value.__le__, "exclusiveMinimum": value.__gt__, "exclusiveMaximum": value.__lt__}
-        for rule, holds in rules.items():
-            if rule in schema and holds(type(value)(schema[rule])) is False:
+        for rule, holds in RULES.items():
+            if rule in schema and not holds(value, schema[rule]):
                 yield f"{where}: {rule}"
 
 

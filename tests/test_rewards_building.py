@@ -59,7 +59,7 @@ def test_registered_names_are_factories_with_knobs_and_weight() -> None:
 
 
 def test_every_registered_part_is_a_factory_without_trl_arguments() -> None:
-    assert list(SLOTS["reward"]) == ["answer_format", "arithmetic", "countdown", "sudoku"]
+    assert {"answer_format", "arithmetic", "countdown", "sudoku"} <= set(SLOTS["reward"])
     for name in SLOTS["reward"]:
         assert not SLOTS["reward"].knobs(name).keys() & TRL_ARGUMENTS and is_factory(SLOTS["reward"].get(name))
         [reward] = build_rewards([name])
@@ -128,13 +128,13 @@ REFUSED = [
     ([{"name": "answer_format", "style": "xml"}], "rewards[0].style: 'xml'", "Choices"),
     (["sudoku", {"name": "countdown", "weight": "heavy"}], "rewards[1].weight", "'heavy' is not a float"),
     ([{"name": "countdown", "weight": True}], "rewards[0].weight", "True is not a float"),
-    ([{"name": "countdown", "weight": float("nan")}], "rewards.countdown.weight: nan", "finite"),
+    ([{"name": "countdown", "weight": float("nan")}], "rewards[0].weight: nan", "not a float"),
     ([{"name": "countdown", "weight": float("inf")}], "rewards.countdown.weight: inf", "finite"),
     ([{"name": "countdown", "weight": 0}, {"name": "sudoku", "weight": 0.0}], "every weight is 0", "another weight"),
     ([{"name": "countdown", "completions": 1}], "has no knob 'completions'", "extract"),
     (["no_such_module:reward"], "rewards[0]", "cannot import 'no_such_module:reward'"),
     (["my_rewards:scald"], "rewards[0]", "cannot import 'my_rewards:scald'"),
-    (["my_rewards:number"], "'my_rewards:number' is not callable", "name a reward function"),
+    (["my_rewards:number"], "'my_rewards:number' is 3", "not a function"),
     ([{"name": "my_rewards:scaled", "scael": 2}], "'my_rewards:scaled' has no parameter 'scael'", "'scale'"),
     ([{"name": "my_rewards:scaled", "log_extra": 2}], "has no parameter 'log_extra'", "scale"),
     ([{"name": "my_rewards:scaled", "scale": "x"}], "rewards[0].scale: 'x'", "float"),
@@ -155,13 +155,15 @@ def test_refused(section: Any, value: str, remedy: str) -> None:
 def test_a_module_that_fails_to_import(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_rewards.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RecipeError, match="importing 'broken_rewards:f' raised ZeroDivisionError: division by zero"):
+    with pytest.raises(RecipeError, match=r"cannot import 'broken_rewards:f' \(ZeroDivisionError: division"):
         build_rewards(["broken_rewards:f"])
 
 
 def test_a_reward_must_be_callable() -> None:
     with pytest.raises(RecipeError, match=r"rewards.x: 3 is not callable"):
         Reward("x", 3)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match=r"rewards.x.weight: nan is not a finite number"):
+        Reward("x", scaled, float("nan"))
 
 
 def test_columns_are_checked_before_any_rollout() -> None:
