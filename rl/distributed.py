@@ -29,9 +29,14 @@ def total(value: float) -> float:
     """Return the sum of `value` over all ranks, in fp64."""
     if not active():
         return value
-    tensor = torch.tensor(value, dtype=torch.float64)
+    tensor = torch.tensor(value, dtype=torch.float64, device=_device())
     dist.all_reduce(tensor)
     return tensor.item()
+
+
+def _device() -> torch.device:
+    """Return where a tensor must lie to be reduced: NCCL takes no tensor of the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -46,18 +51,24 @@ def gather_objects(value: Any) -> list[Any]:
 def reduce_gradients(parameters: Iterable[nn.Parameter], *, average: bool) -> None:
     """Sum (or average) gradients over ranks in one flat buffer.
 
-    The forward does not pass through DDP's wrapper, whose reducer wants one forward a step; chunked backward makes many.
+    The forward does not pass through DDP's wrapper, whose reducer wants one forward a step; here there are many.
     """
     if not active():
         return
     trainable = [p for p in parameters if p.requires_grad]
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable]
+    held = torch.tensor([p.grad is not None for p in trainable], dtype=torch.int32, device=_device())
+    dist.all_reduce(held)
+    # What has a gradient on no rank keeps none: the optimizer passes over it, as it does in one process.
+    reduced = [parameter for parameter, ranks in zip(trainable, held.tolist(), strict=True) if ranks]
+    if not reduced:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in reduced]
     flat: Tensor = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
     if average:
         flat /= world_size()
     offset = 0
-    for parameter in trainable:
+    for parameter in reduced:
         parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
         offset += parameter.numel()
 

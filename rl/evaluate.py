@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..recipes.registry import RecipeError
 from ..recipes.tasks import Row, Rows
 from ..rollouts.worker import RolloutBatch, RolloutWorker
 from .distributed import gather_objects, rank, world_size
@@ -52,13 +53,17 @@ def evaluate(
 ) -> Evaluation:
     """Roll out one completion a row and return the Evaluation; rows are shared among the ranks.
 
-    `progress` is told how many rows have just been finished; batches are appended to `keep`.
+    `progress` is told how many rows have just been finished; batches are appended to `keep`. A completion that no
+    reward applies to counts as reward 0. Raises RecipeError without rows.
     """
+    if not rows:
+        raise RecipeError("evaluate: there are no held-out problems; pass some (eval_dataset, evaluation.problems).")
     worker = replace(worker, group=1)
     started = time.perf_counter()
-    training = worker.denoiser.model.training if hasattr(worker.denoiser, "model") else False
+    model: Any = getattr(worker.denoiser, "model", None)
+    training = model is not None and model.training
     if training:
-        worker.denoiser.model.eval()
+        model.eval()
     outcomes: list[str] = []
     rewards: list[float] = []
     steps: list[int] = []
@@ -76,7 +81,7 @@ def evaluate(
         if progress is not None:
             progress(len(chunk))
     if training:
-        worker.denoiser.model.train()
+        model.train()
     gathered = gather_objects((outcomes, rewards, steps, tokens))
     seconds = time.perf_counter() - started
     outcomes = [value for part in gathered for value in part[0]]

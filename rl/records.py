@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+from torch import Tensor
 
+from ..rewards import OUTCOMES
 from ..rollouts.worker import RolloutBatch
 
 CLOCK = "time/"
+FILES = ("metrics.jsonl", "timing.jsonl")
 
 
 class Records:
@@ -22,26 +26,22 @@ class Records:
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def rewind(self, step: int) -> None:
-        """Drop lines after `step`, which a resumed run will write again."""
-        for name in ("metrics.jsonl", "timing.jsonl"):
+    def lengths(self) -> dict[str, int]:
+        """Return the length in bytes of each file, for `rewind`."""
+        return {name: (self.folder / name).stat().st_size for name in FILES if (self.folder / name).is_file()}
+
+    def rewind(self, lengths: dict[str, int]) -> None:
+        """Cut what was written after `lengths` were taken, which a resumed run will write again."""
+        for name in FILES:
             path = self.folder / name
-            if not path.is_file():
-                continue
-            kept = []
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except (json.JSONDecodeError, KeyError):
-                    continue  # a line cut off by a kill
-            path.write_text("".join(f"{line}\n" for line in kept))
+            if path.is_file() and path.stat().st_size > lengths.get(name, 0):
+                os.truncate(path, lengths.get(name, 0))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one step's values, clock readings to the other file."""
         clocks = {key: value for key, value in values.items() if key.startswith(CLOCK)}
         others = {key: value for key, value in values.items() if not key.startswith(CLOCK)}
-        for name, record in (("metrics.jsonl", others), ("timing.jsonl", clocks)):
+        for name, record in zip(FILES, (others, clocks), strict=True):
             if record:
                 with (self.folder / name).open("a") as file:
                     file.write(json.dumps({"step": step, **record}) + "\n")
@@ -49,13 +49,13 @@ class Records:
 
 def rollout_table(batch: RolloutBatch, step: int) -> dict[str, list[Any]]:
     """Return a batch as columns: text, tokens with their step map and log-probs, rewards, advantage and outcome."""
-    trajectory, rewards = batch.trajectory, batch.rewards
+    trajectory, rewards, prompts = batch.trajectory, batch.rewards, [row["prompt"] for row in batch.rows]
     advantage = [None] * len(batch) if batch.advantage_B is None else batch.advantage_B.tolist()
     table: dict[str, list[Any]] = {
         "step": [step] * len(batch),
         "rollout_id": trajectory.rollout_id_B.tolist(),
         "group": batch.group_B.tolist(),
-        "prompt": [row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"]) for row in batch.rows],
+        "prompt": [prompt if isinstance(prompt, str) else json.dumps(prompt) for prompt in prompts],
         "completion": batch.completions,
         "tokens": trajectory.tokens_BL.tolist(),
         "source": trajectory.source_BL.tolist(),
@@ -83,3 +83,35 @@ def write_rollouts(folder: Path, batch: RolloutBatch, step: int, rank: int) -> P
     pyarrow.parquet.write_table(pyarrow.table(rollout_table(batch, step)), temporary)
     os.replace(temporary, path)
     return path
+
+
+def batch_metrics(batch: RolloutBatch) -> dict[str, tuple[float, int]]:
+    """Return (mean, how many rollouts it is over) of what the worker measured, rewards, outcomes and advantages."""
+    rewards, count = batch.rewards, len(batch)
+    values = {name: (value, count) for name, value in batch.metrics.items()}
+    if "rollout/logprob" in batch.metrics:  # a mean over tokens
+        values["rollout/logprob"] = (batch.metrics["rollout/logprob"], int(batch.trajectory.action_BL("all").sum()))
+    values["reward/total"] = _mean(rewards.total_B)
+    for index, name in enumerate(rewards.names):
+        values[f"reward/{name}"] = _mean(rewards.value_BR[:, index])
+    for outcome in OUTCOMES:
+        values[f"outcome/{outcome}"] = (sum(o == outcome for o in rewards.outcome) / max(count, 1), count)
+    if batch.advantage_B is not None:
+        # NaN marks a rollout that no reward applies to: it gives no signal either.
+        values["advantage/zero_share"] = ((batch.advantage_B.nan_to_num(0.0) == 0).double().mean().item(), count)
+    return values | {f"custom/{name}": (value, count) for name, value in rewards.metrics.items()}
+
+
+def merge_metrics(ranks: Sequence[dict[str, tuple[float, int]]]) -> dict[str, float]:
+    """Return the means over the rollouts of all ranks; what applied to no rollout is left out."""
+    merged = {}
+    for name in sorted({name for rank in ranks for name in rank}):
+        parts = [rank[name] for rank in ranks if name in rank and rank[name][1]]
+        if parts:
+            merged[name] = sum(mean * count for mean, count in parts) / sum(count for _, count in parts)
+    return merged
+
+
+def _mean(value_B: Tensor) -> tuple[float, int]:
+    kept = value_B[~value_B.isnan()].double()
+    return (kept.mean().item() if len(kept) else 0.0), len(kept)

@@ -5,43 +5,52 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
+from tqdm.auto import tqdm
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..policies.adapters import lora_config
-from ..policies.denoiser import Denoiser, load_denoiser
+from ..policies.denoiser import Denoiser
 from ..recipes.loading import dump_recipe, load_recipe
-from ..recipes.registry import SLOTS, RecipeError
+from ..recipes.registry import SLOTS
 from ..recipes.schema import Recipe, SftRecipe
 from ..rewards import build_rewards
 from ..rollouts.sampler import build_sampler
 from . import sft_run
-from .checkpoints import CheckpointWriteError, complete_checkpoints, discard_incomplete
+from .checkpoints import checkpoint_to_resume, file_errors
 from .config import UnmaskConfig
 from .distributed import rank, world_size
 from .evaluate import Evaluation, heldout_rows
 from .evaluate import evaluate as evaluate_rows
 from .objective import build_objective
-from .runfolder import manifest, run_folder, write_atomically, write_json
+from .runfolder import RunError, manifest, no_empty_folder, run_folder, write_atomically, write_json
 from .settings import cpu_backend, device_of
+from .targets import evaluation_worker, load_policy, open_target
 from .trainer import UnmaskTrainer
 
 logger = logging.getLogger(__name__)
 WORKER = "UNMASK_WORKER"  # set in the processes that torchrun starts for us
-
-
-class RunError(ValueError):
-    """A run that cannot start or go on; the message names cause and remedy."""
+# What a resumed run may change: nothing of it alters an update that was already planned, nor is kept in a checkpoint.
+CHANGEABLE = (
+    "name",
+    "model.device",
+    "model.attention",
+    "rollout.micro_batch",
+    "objective.chunk",
+    "optim.steps",
+    "run.directory",
+    "run.keep",
+    "run.report_to",
+    "run.log_rollouts_every",
+)
 
 
 def train(recipe: Recipe, *, nproc: int = 1, resume: Path | None = None) -> dict[str, Any]:
@@ -50,43 +59,45 @@ def train(recipe: Recipe, *, nproc: int = 1, resume: Path | None = None) -> dict
     `nproc` > 1 starts torchrun on this machine. `resume` is a run's folder or one of its checkpoints.
     """
     if nproc > 1 and WORKER not in os.environ:
-        return _launch(recipe, nproc, resume)
-    folder, checkpoint = _place(recipe, resume)
+        from .launch import launch
+
+        return launch(recipe, nproc, resume)
+    folder, checkpoint = place(recipe, resume)
     started = time.perf_counter()
-    trainer = build_trainer(recipe, folder)
-    if rank() == 0:
-        write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
-        write_json(folder / "manifest.json", run_manifest(recipe, trainer.denoiser))
-    before_file = folder / "before.json"
-    if checkpoint is None or not before_file.is_file():
-        before = _evaluated(trainer)
-        if rank() == 0:
-            write_json(before_file, before)
-    else:
-        before = json.loads(before_file.read_text())
-    try:
+    with file_errors(folder, lambda: None), no_empty_folder(folder):
+        trainer = build_trainer(recipe, folder)
+        before = _begin(recipe, trainer, checkpoint)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if rank() == 0:
             save_policy(trainer.denoiser, folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointWriteError(
-            f"{folder}: could not write ({error}); free some space, then `unmask train --resume {folder}`. Earlier "
-            "checkpoints are intact."
-        ) from error
-    after = _evaluated(trainer)
-    summary = {
-        "run": folder.name,
-        "folder": str(folder),
-        "steps": recipe.optim.steps,
-        "before": before,
-        "after": after,
-        "n": after["n"],
-        "wall_s": time.perf_counter() - started,
-    }
-    if rank() == 0:
-        write_json(folder / "summary.json", summary)
-        show_summary(summary, folder)
+        after = _evaluated(trainer)
+        summary = {
+            "run": folder.name,
+            "folder": str(folder),
+            "steps": recipe.optim.steps,
+            "before": before,
+            "after": after,
+            "n": after["n"],
+            "wall_s": time.perf_counter() - started,
+        }
+        if rank() == 0:
+            write_json(folder / "summary.json", summary)
+            show_summary(summary, folder)
     return summary
+
+
+def _begin(recipe: Recipe, trainer: UnmaskTrainer, checkpoint: Path | None) -> dict[str, Any]:
+    """Write recipe and manifest of a run and return its held-out results before training (those it had, on resume)."""
+    folder = trainer.folder
+    if rank() == 0:
+        write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
+        write_json(folder / "manifest.json", run_manifest(recipe, trainer.denoiser))
+    if checkpoint is not None and (folder / "before.json").is_file():
+        return json.loads((folder / "before.json").read_text())
+    before = _evaluated(trainer)
+    if rank() == 0:
+        write_json(folder / "before.json", before)
+    return before
 
 
 def build_trainer(recipe: Recipe, folder: Path) -> UnmaskTrainer:
@@ -111,19 +122,6 @@ def build_trainer(recipe: Recipe, folder: Path) -> UnmaskTrainer:
         objective=build_objective(recipe.objective.model_dump()),
         advantage=SLOTS["advantage"].build(recipe.objective.advantage),
         optim={"name": recipe.optim.optimizer, "matrix_lr": recipe.optim.matrix_lr, "betas": tuple(recipe.optim.betas)},
-    )
-
-
-def load_policy(recipe: Recipe) -> Denoiser:
-    """Return the recipe's denoiser without adapter."""
-    section = recipe.model
-    return load_denoiser(
-        section.path,
-        dtype=section.dtype,
-        device=device_of(section.device),
-        family=section.family,
-        attention=section.attention,
-        mask_token_id=section.mask_token_id,
     )
 
 
@@ -165,47 +163,46 @@ def arguments(recipe: Recipe, folder: Path) -> UnmaskConfig:
     )
 
 
-def _place(recipe: Recipe, resume: Path | None) -> tuple[Path, Path | None]:
+def place(recipe: Recipe, resume: Path | None) -> tuple[Path, Path | None]:
     """Return (run folder, checkpoint to resume from); a new run never overwrites an old one."""
     if resume is None:
         folder = run_folder(recipe)
-        if world_size() == 1 and WORKER not in os.environ:
-            folder = _free(folder)
+        if WORKER not in os.environ:
+            folder = free_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         return folder, None
-    folder = resume.parent if resume.name.startswith("checkpoint-") else resume
-    found = complete_checkpoints(folder)
-    if not found:
-        raise RunError(f"--resume: '{folder}' holds no complete checkpoint; set run.save_every, or start anew.")
-    checkpoint = resume if resume in found else found[-1]
-    if rank() == 0:
-        discard_incomplete(folder)
-    return folder, checkpoint
+    checkpoint = checkpoint_to_resume(resume)
+    _check_same_run(recipe, checkpoint.parent)
+    return checkpoint.parent, checkpoint
 
 
-def _free(folder: Path) -> Path:
+def _check_same_run(recipe: Recipe, folder: Path) -> None:
+    """Raise RunError when a run's checkpoint would go on under a recipe that asks for something else."""
+    if not (folder / "recipe.yaml").is_file():
+        raise RunError(f"resume: '{folder}' holds no recipe.yaml, so it is not the folder of a run.")
+    old, new = (_flat(r.model_dump(mode="json")) for r in (load_recipe(folder / "recipe.yaml"), recipe))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(CHANGEABLE):
+            raise RunError(
+                f"resume: {key} is {new.get(key)!r} in the recipe, but '{folder}' runs with {old.get(key)!r}; leave it "
+                "as it is, or start a new run."
+            )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, keyed by dotted paths."""
+    if not isinstance(value, dict):
+        return {prefix.removesuffix("."): value}
+    return {path: leaf for key, inner in value.items() for path, leaf in _flat(inner, f"{prefix}{key}.").items()}
+
+
+def free_folder(folder: Path) -> Path:
     """Return `folder`, or the first of `folder-2`, `folder-3`, ... that no run has used."""
     number, candidate = 1, folder
     while candidate.exists() and any(candidate.iterdir()):
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
-
-
-def _launch(recipe: Recipe, nproc: int, resume: Path | None) -> dict[str, Any]:
-    """Run the recipe in `nproc` processes under torchrun and return the summary that rank 0 wrote."""
-    folder = resume if resume is not None else _free(run_folder(recipe))
-    folder = folder.parent if folder.name.startswith("checkpoint-") else folder
-    plan = folder / "launch.yaml"
-    fixed = recipe.model_copy(update={"name": folder.name, "run": recipe.run.model_copy(update={"directory": str(folder.parent)})})
-    write_atomically(plan, dump_recipe(fixed))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
-    command += ["--module", "unmask.rl.launch", str(plan)] + (["--resume", str(resume)] if resume else [])
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, WORKER: "1"}
-    code = subprocess.run(command, env=environment, check=False).returncode
-    if code != 0:
-        raise RunError(f"torchrun ended with code {code}; the first error above is the cause.")
-    return json.loads((folder / "summary.json").read_text())
 
 
 def _evaluated(trainer: UnmaskTrainer) -> dict[str, Any]:
@@ -216,32 +213,55 @@ def _evaluated(trainer: UnmaskTrainer) -> dict[str, Any]:
 def run_manifest(recipe: Recipe | SftRecipe, denoiser: Denoiser) -> dict[str, Any]:
     """Return the manifest of a run."""
     return manifest(
-        device=denoiser.device, dtype=recipe.model.dtype, seeds={"run": recipe.run.seed}, ranks=world_size(), model=str(recipe.model.path)
+        device=denoiser.device,
+        dtype=recipe.model.dtype,
+        seeds={"run": recipe.run.seed},
+        ranks=world_size(),
+        model=str(recipe.model.path),
     )
 
 
 def save_policy(denoiser: Denoiser, folder: Path) -> None:
-    """Write the adapter as peft does, or all weights in the vendor's layout."""
-    if isinstance(denoiser.model, PeftModel):
-        denoiser.model.save_pretrained(folder / "adapter")
+    """Write the adapter as peft does, or all weights in the vendor's layout; the folder is whole or absent."""
+    name = "adapter" if isinstance(denoiser.model, PeftModel) else "model"
+    unfinished = folder / f".{name}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if name == "adapter":
+        denoiser.model.save_pretrained(unfinished)
     else:
-        denoiser.save(folder / "model")
+        denoiser.save(unfinished)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    unfinished.rename(folder / name)
 
 
 def sft(recipe: SftRecipe, *, nproc: int = 1, resume: Path | None = None) -> dict[str, Any]:
     """Run a supervised recipe and return its summary."""
     if nproc > 1 and WORKER not in os.environ:
-        return _launch(recipe, nproc, resume)  # type: ignore[arg-type]
-    summary = sft_run.sft(recipe, resume=resume)
+        from .launch import launch
+
+        return launch(recipe, nproc, resume)
+    summary = sft_run.sft(recipe, resume=None if resume is None else str(sft_checkpoint(resume)))
     if rank() == 0:
         folder = run_folder(recipe)
-        table = Table("task", "held-out exact", "n", "NFE", title=f"{recipe.name}: {summary['wall_s'] / 60:.1f} minutes")
+        title = f"{recipe.name}: {summary['wall_s'] / 60:.1f} minutes"
+        table = Table("task", "held-out exact", "n", "NFE", title=title)
         for name, result in summary["heldout"].items():
-            table.add_row(name, f"{result['exact']:.3f} ± {result['stderr']:.3f}", str(result["n"]), f"{result['nfe']:.1f}")
+            exact = f"{result['exact']:.3f} ± {result['stderr']:.3f}"
+            table.add_row(name, exact, str(result["n"]), f"{result['nfe']:.1f}")
         console = Console()
         console.print(table)
-        console.print(f"weights: {folder / 'model'}\nnext: unmask sample {folder / 'model'}")
+        console.print(f"weights: {folder / 'model'}\nnext: unmask sample {folder / 'model'}", soft_wrap=True)
     return summary
+
+
+def sft_checkpoint(resume: Path) -> Path:
+    """Return the newest checkpoint of a supervised run's folder, or `resume` itself when it is one."""
+    if resume.name.startswith("checkpoint-") and resume.is_dir():
+        return resume
+    found = get_last_checkpoint(str(resume / "checkpoints")) if (resume / "checkpoints").is_dir() else None
+    if found is None:
+        raise RunError(f"resume: '{resume}' holds no checkpoint; set run.save_every, or start the run anew.")
+    return Path(found)
 
 
 def evaluate(target: str, *, overrides: Sequence[str] = (), problems: int | None = None) -> dict[str, Any]:
@@ -250,76 +270,27 @@ def evaluate(target: str, *, overrides: Sequence[str] = (), problems: int | None
     rewards = build_rewards([entry.model_dump() for entry in recipe.rewards])
     rows = heldout_rows(SLOTS["task"].build(recipe.task)("heldout", seed=0), problems or recipe.evaluation.problems)
     worker = evaluation_worker(recipe, denoiser, rewards)
-    from tqdm.auto import tqdm
-
     with tqdm(total=len(rows), unit="problem", dynamic_ncols=True) as bar:
         result: Evaluation = evaluate_rows(worker, rows, progress=bar.update)
     table = Table("held-out exact", "n", "mean reward", "NFE", "length", "tokens/s", title=target)
-    exact = f"{result.exact:.3f} ± {result.stderr:.3f}"
-    table.add_row(
-        exact, str(result.n), f"{result.reward:.3f}", f"{result.nfe:.1f}", f"{result.length:.1f}", f"{result.tokens_per_s:.0f}"
-    )
+    exact, speed = f"{result.exact:.3f} ± {result.stderr:.3f}", f"{result.tokens_per_s:.0f}"
+    table.add_row(exact, str(result.n), f"{result.reward:.3f}", f"{result.nfe:.1f}", f"{result.length:.1f}", speed)
     console = Console()
     console.print(table)
     console.print("outcomes: " + ", ".join(f"{name} {count}" for name, count in sorted(result.outcomes.items())))
-    console.print(f"next: unmask sample {target}")
+    console.print(f"next: unmask sample {target}", soft_wrap=True)
     return result.as_dict() | {"target": target, "manifest": run_manifest(recipe, denoiser)}
-
-
-def evaluation_worker(recipe: Recipe, denoiser: Denoiser, rewards: Any) -> Any:
-    """Return the worker that decodes as a recipe's evaluation does."""
-    from functools import partial
-
-    from ..rollouts.worker import RolloutWorker
-    from .trainer import score_batch
-
-    temperature = recipe.evaluation.temperature
-    sampler = build_sampler(
-        (recipe.evaluation.sampler or recipe.rollout.sampler).model_dump(),
-        temperature=recipe.rollout.temperature if temperature is None else temperature,
-    )
-    return RolloutWorker(
-        denoiser=denoiser,
-        tokenizer=denoiser.tokenizer,
-        sampler=sampler,
-        scorer=partial(score_batch, rewards),
-        group=1,
-        canvas=recipe.rollout.canvas,
-        prompt_limit=recipe.rollout.prompt_limit,
-        seed=recipe.run.seed,
-        micro_batch=recipe.rollout.micro_batch,
-    )
-
-
-def open_target(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Denoiser]:
-    """Return the recipe and the denoiser (adapter on) that a run's folder, a recipe or a checkpoint folder names."""
-    folder = Path(target).expanduser()
-    if target == "unmask:tiny" or (folder / "config.json").is_file():
-        recipe = load_recipe("cj_grpo_tiny_arithmetic.yaml", [*overrides, f"model.path={target}"])
-        assert isinstance(recipe, Recipe)
-        return recipe, load_policy(recipe)
-    recipe = load_recipe(folder / "recipe.yaml" if folder.is_dir() else target, overrides)
-    if not isinstance(recipe, Recipe):
-        raise RecipeError(f"'{target}' is a recipe of kind sft; name its model folder ({run_folder(recipe) / 'model'}).")
-    if (folder / "model" / "config.json").is_file():
-        return recipe, load_denoiser(str(folder / "model"), dtype=recipe.model.dtype, device=device_of(recipe.model.device))
-    denoiser = load_policy(recipe)
-    if (folder / "adapter").is_dir():
-        model = PeftModel.from_pretrained(denoiser.model, str(folder / "adapter")).eval()
-        denoiser = replace(denoiser, model=model)
-    elif folder.is_dir():
-        raise RunError(f"'{folder}' holds neither adapter nor model; the run has not finished (unmask train --resume {folder}).")
-    return recipe, denoiser
 
 
 def show_summary(summary: dict[str, Any], folder: Path) -> None:
     """Print before and after, and where to look next."""
-    table = Table("", "held-out exact", "mean reward", "NFE", "length", title=f"{summary['run']}: {summary['wall_s']:.0f} s")
+    title = f"{summary['run']}: {summary['wall_s']:.0f} s"
+    table = Table("", "held-out exact", "mean reward", "NFE", "length", title=title)
     for name in ("before", "after"):
         row = summary[name]
         exact = f"{row['exact']:.3f} ± {row['stderr']:.3f}"
         table.add_row(name, exact, f"{row['reward']:.3f}", f"{row['nfe']:.1f}", f"{row['length']:.1f}")
     console = Console()
     console.print(table)
-    console.print(f"n = {summary['n']} held-out problems; metrics, rollouts and recipe are in {folder}")
-    console.print(f"next: unmask sample {folder}    |    unmask evaluate {folder} --problems 1000")
+    console.print(f"n = {summary['n']} held-out problems; metrics, rollouts and recipe are in {folder}", soft_wrap=True)
+    console.print(f"next: unmask sample {folder}    |    unmask evaluate {folder} --problems 1000", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -10,12 +11,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("unmask", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "safetensors", "tokenizers")
+PACKAGES = (
+    "unmask",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "datasets",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+)
+
+
+class RunError(ValueError):
+    """A run that cannot start, go on or be opened; the message names cause and remedy."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -37,6 +54,17 @@ def write_atomically(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+@contextlib.contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """Remove `folder` again when an error leaves it empty."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def run_folder(recipe: Any) -> Path:

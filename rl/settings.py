@@ -1,8 +1,11 @@
-"""Small translations from a recipe's sections."""
+"""Small translations from a recipe's sections, and one warning that is not the user's."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ import yaml
 
 
 def device_of(name: str) -> str:
-    """Return a torch device name; `auto` is cuda, then mps, when there is one."""
+    """Return a torch device name; `auto` is cuda when there is one, else cpu."""
     if name != "auto":
         return name
     if torch.cuda.is_available():
@@ -26,3 +29,11 @@ def dump(recipe: Any) -> str:
 def cpu_backend(device: str) -> str | None:
     """Return "gloo" for several processes on CPUs; None (no process group, or NCCL) otherwise."""
     return "gloo" if device_of(device) == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Hide transformers' warning that peft reads an attribute under its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield

@@ -19,7 +19,7 @@ from ..rewards import build_rewards
 from ..rollouts.sampler import denoise
 from ..rollouts.trajectory import Trajectory
 from ..rollouts.worker import pad_left
-from .run import evaluation_worker, open_target
+from .targets import evaluation_worker, open_target
 
 SHADES = ("grey50", "cyan", "bright_cyan", "green", "bright_green", "yellow", "bright_yellow", "magenta")
 MASKED = "·"
@@ -34,7 +34,7 @@ def sample(target: str, *, prompt: str | None = None, overrides: Sequence[str] =
     row: dict[str, Any] = {"prompt": prompt}
     rewards: Any = []
     if prompt is None:
-        row = SLOTS["task"].build(recipe.task)("heldout", seed=0).row(recipe.run.seed)
+        row = SLOTS["task"].build(recipe.task)("heldout", seed=0).row(recipe.run.seed % recipe.evaluation.problems)
         rewards = build_rewards([entry.model_dump() for entry in recipe.rewards])
     worker = evaluation_worker(recipe, denoiser, rewards)
     ids = worker.prompt(row)
@@ -56,13 +56,12 @@ def sample(target: str, *, prompt: str | None = None, overrides: Sequence[str] =
             on_step=painter.draw,
         ).to("cpu")
     completion_ids, completions = worker.decode(trajectory)
-    console.print(
-        f"{len(completion_ids[0])} tokens in {int(trajectory.steps_B[0])} steps (NFE), temperature {worker.sampler.temperature:g}"
-    )
+    tokens, steps, temperature = len(completion_ids[0]), int(trajectory.steps_B[0]), worker.sampler.temperature
+    console.print(f"{tokens} tokens in {steps} steps (NFE), temperature {temperature:g}")
     if rewards:
         table = worker.scorer([row], [row["prompt"]], completions, completion_ids)
         console.print(f"outcome: {table.outcome[0]}, reward {float(table.total_B[0]):g}")
-    console.print(f"next: unmask evaluate {target}")
+    console.print(f"next: unmask evaluate {target}", soft_wrap=True)
     return trajectory
 
 
@@ -96,7 +95,8 @@ class _Painter:
         self.step += 1
         picture = self._picture(tokens)
         if self.live is None:
-            self.console.print(f"{self.step:4} {picture.plain.replace(chr(10), '⏎')}", markup=False, highlight=False, soft_wrap=True)
+            line = f"{self.step:4} {picture.plain.replace(chr(10), '⏎')}"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
             return
         self.live.update(Panel(picture, title=f"step {self.step}", title_align="left"))
         time.sleep(0.05)

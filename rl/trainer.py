@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -26,17 +26,24 @@ from ..rollouts.noise import generator
 from ..rollouts.sampler import Sampler, build_sampler
 from ..rollouts.worker import RolloutBatch, RolloutWorker
 from . import advantages
-from .checkpoints import CheckpointWriteError, finish_checkpoint, load_plan, plan_path, save_plan
+from .checkpoints import (
+    CheckpointReadError,
+    PlanKeeper,
+    checkpoint_to_resume,
+    complete_checkpoints,
+    discard_incomplete,
+    file_errors,
+)
 from .config import UnmaskConfig
-from .distributed import barrier, rank, reduce_gradients, total, world_size
+from .distributed import gather_objects, rank, reduce_gradients, world_size
 from .evaluate import evaluate, heldout_rows
+from .finite import require_finite_gradient
 from .objective import Objective, build_objective
 from .optimizers import build_optimizer
 from .plan import Plan
 from .progress import Progress
-from .records import Records, write_rollouts
-
-logger = logging.getLogger(__name__)
+from .records import Records, batch_metrics, merge_metrics, write_rollouts
+from .settings import quiet_peft
 
 CJ_GRPO = {
     "estimator": "trace",
@@ -50,15 +57,18 @@ CJ_GRPO = {
 class UnmaskTrainer(Trainer):
     """Trains a denoiser on the trajectories it samples; constructor and argument names are those of TRL's GRPOTrainer.
 
-    `model` is a Denoiser, a checkpoint folder, a hub id or `unmask:tiny`; `reward_funcs` are names, TRL reward functions
-    or Rewards; datasets are sequences of rows with a `prompt` (or task Rows). `sampler`, `objective` and `advantage`
-    default to blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean. One `training_step` is one optimizer
-    step. Raises ValueErrors that name value, rule and remedy.
+    `model` is a Denoiser, a model folder, a hub id or `unmask:tiny`; `reward_funcs` are names, TRL reward functions or
+    Rewards; datasets are sequences of rows with a `prompt` (or task Rows). A `peft_config` without target modules
+    adapts the family's linear layers. `sampler` (at the temperature of `args`), `objective` and `advantage` default to
+    blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean. One `training_step` is one optimizer step.
+    Raises ValueErrors that name value, rule and remedy.
     """
+
+    args: UnmaskConfig
 
     def __init__(
         self,
-        model: Denoiser | str,
+        model: Denoiser | str | Path,
         reward_funcs: Sequence[Any] | Any,
         args: UnmaskConfig,
         train_dataset: Sequence[Row] | Rows,
@@ -73,24 +83,24 @@ class UnmaskTrainer(Trainer):
         advantage: Callable[[Tensor, Tensor], Tensor] = advantages.group_mean,
         optim: dict[str, Any] | None = None,
     ) -> None:
-        denoiser = load_denoiser(model) if isinstance(model, str) else model
-        if peft_config is not None:
-            denoiser = attach_adapter(denoiser, peft_config, seed=args.seed)
-        self.denoiser, self.optim = denoiser, optim or {}
-        self.tokenizer = processing_class or denoiser.tokenizer
+        self.denoiser = denoiser = prepare(model, peft_config, args.seed)
         self.rewards = _rewards(reward_funcs, args.reward_weights)
-        self.rows, self.eval_rows = _as_rows(train_dataset, args.seed), None
+        self.rows = _as_rows(train_dataset, args.seed, "train_dataset")
         check_columns(self.rewards, self.rows.row(0))
+        self.eval_rows: list[Row] | None = None
+        if eval_dataset is not None:
+            self.eval_rows = heldout_rows(_as_rows(eval_dataset, args.seed, "eval_dataset"), args.eval_problems)
+        args.max_steps = _steps(args, self.rows)
+        _check_group(args.num_generations, advantage)
         sampler = sampler or default_sampler(args)
         self.sampler = replace(sampler, temperature=args.temperature)
-        self.objective = objective or default_objective(args)
-        self.advantage = advantage
-        self.reference = build_reference(denoiser, args.reference, beta=self.objective.beta)
+        self.objective: Objective = objective or default_objective(args)
+        self.advantage, self.optim = advantage, optim or {}
         self.worker = RolloutWorker(
             denoiser=denoiser,
-            tokenizer=self.tokenizer,
+            tokenizer=processing_class or denoiser.tokenizer,
             sampler=self.sampler,
-            scorer=partial(score_batch, self.rewards),
+            scorer=self._score,
             group=args.num_generations,
             canvas=args.max_completion_length,
             prompt_limit=args.max_prompt_length,
@@ -99,11 +109,13 @@ class UnmaskTrainer(Trainer):
         )
         eval_temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
         self.eval_worker = replace(self.worker, sampler=replace(eval_sampler or sampler, temperature=eval_temperature))
-        if eval_dataset is not None:
-            self.eval_rows = heldout_rows(_as_rows(eval_dataset, args.seed, heldout=True), args.eval_problems)
-        self._plan: Plan | None = None
+        self.folder = Path(str(args.output_dir))
+        self.records = Records(self.folder)
+        # The plan in flight; the checkpoint that `train` resumes from; whether it has been read.
+        self.plan: Plan | None = None
+        self.checkpoint: Path | None = None
+        self.begun = False
         self._metrics: dict[str, float] = {}
-        self.records = Records(Path(args.output_dir))
         super().__init__(
             model=denoiser.model,
             args=args,
@@ -112,10 +124,59 @@ class UnmaskTrainer(Trainer):
             callbacks=[*(callbacks or []), PlanKeeper(self)],
         )
         self.model_accepts_loss_kwargs = False
+        self._finish_setup(args)
+
+    def _finish_setup(self, args: UnmaskConfig) -> None:
+        """Do what needs the process group and the device, which Trainer's constructor has set up."""
+        if args.num_prompts % world_size():
+            raise RecipeError(
+                f"num_prompts: {args.num_prompts} prompts cannot be shared evenly by {world_size()} processes (a group "
+                f"stays on one); use a multiple of {world_size()}."
+            )
+        self.reference: Any = build_reference(self.denoiser, args.reference, beta=self.objective.beta)
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
+        self.progress = Progress()
         if rank() == 0:
-            self.add_callback(Progress())
+            self.add_callback(self.progress)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """Train to `max_steps` and return Trainer's output; `resume_from_checkpoint` is True (the newest) or a folder.
+
+        Raises CheckpointReadError for a checkpoint that is missing, unfinished or damaged, and when a new run would
+        write among the checkpoints of an earlier one; CheckpointWriteError when the disk is full; NonFiniteError.
+        """
+        folder, self.begun = self.folder, False
+        if resume_from_checkpoint:
+            self.checkpoint = checkpoint_to_resume(
+                folder if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+            )
+            if rank() == 0:
+                discard_incomplete(folder)
+        else:
+            self.checkpoint = None
+            if found := complete_checkpoints(folder):
+                raise CheckpointReadError(
+                    f"{folder}: holds {found[-1].name} of an earlier run; call train(resume_from_checkpoint=True), or "
+                    "set another output_dir."
+                )
+        try:
+            with file_errors(folder, lambda: None if self.begun else self.checkpoint):
+                return super().train(str(self.checkpoint) if self.checkpoint else None, trial, ignore_keys_for_eval)
+        finally:
+            self.progress.close()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter as peft does, or all weights in the vendor's layout, which `load_denoiser` reads."""
+        if _internal_call or isinstance(self.denoiser.model, PeftModel):
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self.denoiser.save(output_dir or self.folder)
+
+    def _score(self, rows: Any, prompts: Any, completions: Any, completion_ids: Any) -> RewardTable:
+        return score(self.rewards, rows, prompts, completions, completion_ids, trainer_state=self.state)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return step numbers; what a step trains on follows from its number, in every process and after a resume."""
@@ -125,7 +186,7 @@ class UnmaskTrainer(Trainer):
         """Build the optimizer over the trainable parameters once."""
         if self.optimizer is None:
             args = self.args
-            defaults = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+            defaults: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
             defaults["betas"] = (args.adam_beta1, args.adam_beta2)
             self.optimizer = build_optimizer(self.denoiser.model.named_parameters(), **(defaults | self.optim))
         return self.optimizer
@@ -134,15 +195,16 @@ class UnmaskTrainer(Trainer):
         """Collect rollouts when the last plan is used up, and add one update's gradient; returns its loss."""
         step = int(inputs["step"])
         started = time.perf_counter()
-        if self._plan is None or step % self.args.num_iterations == 0:
+        if self.plan is None or step % self.args.num_iterations == 0:
             batch = self._collect(step)
             batch = batch.with_advantage(self.advantage(batch.rewards.total_B, batch.group_B))
             self._report(batch, step)
-            self._plan = self._make_plan(batch, step)
+            self.plan = self._make_plan(batch, step)
         planned = time.perf_counter()
         model.train()
-        statistics = self.objective.backward(self.denoiser, self._plan)
+        statistics = self.objective.backward(self.denoiser, self.plan)
         reduce_gradients(self.denoiser.model.parameters(), average=False)
+        require_finite_gradient(self.denoiser.model.parameters(), step)
         self._metrics |= {f"train/{name}": value for name, value in statistics.items() if name != "loss"}
         self._metrics["time/update_s"] = time.perf_counter() - planned
         self._metrics["time/step_s"] = time.perf_counter() - started
@@ -171,29 +233,25 @@ class UnmaskTrainer(Trainer):
 
     def _report(self, batch: RolloutBatch, step: int) -> None:
         """Add a batch's means over all ranks to the step's metrics, and store its rollouts when due."""
-        share = len(batch) / (self.args.num_prompts * self.args.num_generations)
-        own = batch.metrics | batch_metrics(batch)
-        self._metrics |= {name: total(value * share) for name, value in sorted(own.items())}
+        self._metrics |= merge_metrics(gather_objects(batch_metrics(batch)))
         every, number = self.args.log_rollouts_every, step // self.args.num_iterations
         if every and number % every == 0:
-            write_rollouts(Path(self.args.output_dir), batch, step, rank())
+            write_rollouts(self.folder, batch, step, rank())
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Return and log the held-out exact rate, its standard error, reward, NFE and tokens a second."""
-        rows = self.eval_rows if eval_dataset is None else heldout_rows(
-            _as_rows(eval_dataset, self.args.seed, heldout=True), self.args.eval_problems
-        )
-        if not rows:
-            raise RecipeError("evaluate: there are no held-out problems; pass eval_dataset.")
-        result = evaluate(self.eval_worker, rows)
+        rows = self.eval_rows
+        if eval_dataset is not None:
+            rows = heldout_rows(_as_rows(eval_dataset, self.args.seed, "eval_dataset"), self.args.eval_problems)
+        result = evaluate(self.eval_worker, rows or [])
         values = {name: value for name, value in result.as_dict().items() if isinstance(value, int | float)}
         clocks = ("wall_s", "tokens_per_s")
-        named = {f"time/{metric_key_prefix}_{k}" if k in clocks else f"{metric_key_prefix}/{k}": v for k, v in values.items()}
-        self.log(named)
+        prefix = metric_key_prefix
+        self.log({f"time/{prefix}_{k}" if k in clocks else f"{prefix}/{k}": v for k, v in values.items()})
         # Callbacks and best-model selection look for the prefix that Trainer uses.
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        metrics = {f"{prefix}_{name}": value for name, value in values.items()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -207,49 +265,17 @@ class UnmaskTrainer(Trainer):
         super().log(logs, start_time)
 
 
-class PlanKeeper(TrainerCallback):
-    """Keeps checkpoints whole: adds the plan in flight, marks the folder complete, drops the oldest; restores on resume."""
-
-    def __init__(self, trainer: UnmaskTrainer) -> None:
-        self.trainer = trainer
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Finish the checkpoint that Trainer has just written."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        try:
-            save_plan(plan_path(folder, rank()), self.trainer._plan)
-            barrier()
-            if rank() == 0:
-                finish_checkpoint(folder, step=state.global_step, keep=args.keep_checkpoints)
-        except OSError as error:
-            raise CheckpointWriteError(f"{folder}: {error}; earlier checkpoints are intact.") from error
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore the plan in flight and rewind the records when the run is a resumed one."""
-        if state.global_step == 0:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.trainer._plan = load_plan(plan_path(folder, rank()), self.trainer.sampler)
-        if rank() == 0:
-            self.trainer.records.rewind(state.global_step)
-
-
-def batch_metrics(batch: RolloutBatch) -> dict[str, float]:
-    """Return rewards, outcome shares and the share of rollouts whose group gives no signal."""
-    rewards, count = batch.rewards, max(len(batch), 1)
-    values = {"reward/total": _mean(rewards.total_B)}
-    for index, name in enumerate(rewards.names):
-        values[f"reward/{name}"] = _mean(rewards.value_BR[:, index])
-    for outcome in ("ok", "wrong", "unparsable", "timeout", "error"):
-        values[f"outcome/{outcome}"] = sum(o == outcome for o in rewards.outcome) / count
-    if batch.advantage_B is not None:
-        values["advantage/zero_share"] = (batch.advantage_B.nan_to_num(0.0) == 0).double().mean().item()
-    return values | {f"custom/{name}": value for name, value in rewards.metrics.items()}
-
-
-def _mean(value: Tensor) -> float:
-    kept = value[~value.isnan()].double()
-    return kept.mean().item() if len(kept) else 0.0
+def prepare(model: Denoiser | str | Path, peft_config: Any, seed: int) -> Denoiser:
+    """Return the denoiser to train: loaded if it is a path, with a new adapter if there is a peft config."""
+    if not isinstance(model, str | Path) and not hasattr(model, "logits"):
+        raise RecipeError(f"model: {type(model).__name__} is no denoiser; pass load_denoiser(PATH), or the path.")
+    denoiser = load_denoiser(str(model)) if isinstance(model, str | Path) else model
+    if peft_config is None:
+        return denoiser
+    if peft_config.target_modules is None:
+        peft_config = replace(peft_config, target_modules=list(denoiser.family.lora_targets))
+    with quiet_peft():
+        return attach_adapter(denoiser, peft_config, seed=seed)
 
 
 def default_sampler(args: UnmaskConfig) -> Sampler:
@@ -275,21 +301,36 @@ def _rewards(functions: Any, weights: list[float] | None) -> list[Reward]:
     return [replace(reward, weight=weight) for reward, weight in zip(rewards, weights, strict=True)]
 
 
-def score_batch(rewards: list[Reward], rows: Any, prompts: Any, completions: Any, completion_ids: Any) -> RewardTable:
-    """Score a worker's batch: `score` with the rewards first, so that they can be bound."""
-    return score(rewards, rows, prompts, completions, completion_ids)
-
-
-def _as_rows(dataset: Any, seed: int, *, heldout: bool = False) -> Rows:
-    """Return a dataset as Rows; RecipeError when it is empty or its rows have no prompt."""
+def _as_rows(dataset: Any, seed: int, name: str) -> Rows:
+    """Return a dataset as Rows; RecipeError when it has no length, no rows, or rows without a prompt."""
     if hasattr(dataset, "row") and hasattr(dataset, "size"):
         return dataset
+    if isinstance(dataset, str | Mapping) or not hasattr(dataset, "__len__"):
+        kind = type(dataset).__name__
+        raise RecipeError(f"{name}: {kind} is no sequence of rows; pass a datasets.Dataset or a list.")
     rows = [dict(row) for row in dataset]
     if not rows:
-        raise RecipeError("train_dataset: the dataset is empty.")
+        raise RecipeError(f"{name}: the dataset is empty; it needs at least one row with a column 'prompt'.")
     if "prompt" not in rows[0]:
-        raise RecipeError(f"train_dataset: rows need a column 'prompt'; there are {', '.join(sorted(rows[0]))}.")
-    return Stored(rows, "heldout" if heldout else "train", seed)
+        raise RecipeError(f"{name}: rows need a column 'prompt'; there are {', '.join(sorted(rows[0]))}; rename one.")
+    return Stored(rows, "train" if name == "train_dataset" else "heldout", seed)
+
+
+def _steps(args: UnmaskConfig, rows: Rows) -> int:
+    """Return the number of optimizer steps: `max_steps`, or what `num_train_epochs` over a stored dataset makes."""
+    if args.max_steps > 0:
+        return args.max_steps
+    if rows.size is None:
+        raise RecipeError(f"max_steps: {args.max_steps}, but the task has rows without end; set the number of steps.")
+    return math.ceil(args.num_train_epochs * rows.size / args.num_prompts) * args.num_iterations
+
+
+def _check_group(group: int, advantage: Any) -> None:
+    function = advantage.func if isinstance(advantage, partial) else advantage
+    if group == 1 and function in (advantages.group_mean, advantages.group_std, advantages.leave_one_out):
+        raise RecipeError(
+            f"num_generations: 1 rollout has no group for advantage '{function.__name__}' to compare; use 2 or more."
+        )
 
 
 def _step_number(items: list[int]) -> dict[str, int]:

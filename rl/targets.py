@@ -1,0 +1,93 @@
+"""What a command line names: a run, one of its checkpoints, a recipe or a model folder, opened for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from ..policies.denoiser import TINY, Denoiser, load_denoiser
+from ..recipes.loading import load_recipe
+from ..recipes.registry import RecipeError
+from ..recipes.schema import Recipe
+from ..rewards import score
+from ..rollouts.sampler import build_sampler
+from ..rollouts.worker import RolloutWorker
+from .checkpoints import MARKER, checkpoint_to_resume, complete_checkpoints
+from .runfolder import RunError, run_folder
+from .settings import device_of, quiet_peft
+
+
+def load_policy(recipe: Recipe, path: Path | None = None) -> Denoiser:
+    """Return the recipe's denoiser without adapter, or the one in the folder `path` loaded the same way."""
+    section = recipe.model
+    return load_denoiser(
+        section.path if path is None else str(path),
+        dtype=section.dtype,
+        device=device_of(section.device),
+        family=section.family,
+        attention=section.attention,
+        mask_token_id=section.mask_token_id,
+    )
+
+
+def open_target(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Denoiser]:
+    """Return the recipe and the denoiser (adapter on) of a run, one of its checkpoints, a recipe or a model folder."""
+    folder = Path(target).expanduser()
+    is_model = (folder / "config.json").is_file() and not (folder / MARKER).is_file()
+    if target == TINY or is_model:
+        recipe = load_recipe("cj_grpo_tiny_arithmetic.yaml", [*overrides, f"model.path={target}"])
+        assert isinstance(recipe, Recipe)
+        return recipe, load_policy(recipe)
+    checkpoint = checkpoint_to_resume(folder) if folder.name.startswith("checkpoint-") else None
+    folder = folder if checkpoint is None else checkpoint.parent
+    recipe = load_recipe(folder if folder.is_dir() else target, overrides)
+    if not isinstance(recipe, Recipe):
+        model = (folder if folder.is_dir() else run_folder(recipe)) / "model"
+        raise RecipeError(f"'{target}' is a run or recipe of kind sft; name its model folder ({model}).")
+    if folder.is_dir():
+        return recipe, _trained(recipe, folder, checkpoint)
+    return recipe, load_policy(recipe)
+
+
+def _trained(recipe: Recipe, folder: Path, checkpoint: Path | None) -> Denoiser:
+    """Return the policy that a run ended with, or that one of its checkpoints holds."""
+    adapter = checkpoint if recipe.model.lora is not None and checkpoint else folder / "adapter"
+    if (adapter / "adapter_config.json").is_file():
+        denoiser = load_policy(recipe)
+        with quiet_peft():
+            return replace(denoiser, model=PeftModel.from_pretrained(denoiser.model, str(adapter)).eval())
+    if checkpoint is not None:
+        denoiser = load_policy(recipe)
+        denoiser.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        return denoiser
+    if (folder / "model" / "config.json").is_file():
+        return load_policy(recipe, folder / "model")
+    found = complete_checkpoints(folder)
+    remedy = f"evaluate {found[-1]}, or finish it (unmask train --resume {folder})" if found else "train it first"
+    raise RunError(f"'{folder}' holds neither adapter nor model, the run has not finished; {remedy}.")
+
+
+def evaluation_worker(recipe: Recipe, denoiser: Denoiser, rewards: Any) -> RolloutWorker:
+    """Return the worker that decodes as a recipe's evaluation does."""
+    temperature = recipe.evaluation.temperature
+    sampler = build_sampler(
+        (recipe.evaluation.sampler or recipe.rollout.sampler).model_dump(),
+        temperature=recipe.rollout.temperature if temperature is None else temperature,
+    )
+    return RolloutWorker(
+        denoiser=denoiser,
+        tokenizer=denoiser.tokenizer,
+        sampler=sampler,
+        scorer=partial(score, rewards),
+        group=1,
+        canvas=recipe.rollout.canvas,
+        prompt_limit=recipe.rollout.prompt_limit,
+        seed=recipe.run.seed,
+        micro_batch=recipe.rollout.micro_batch,
+    )

@@ -1,0 +1,153 @@
+"""Runs of a tiny random model that take a second, in this process or in one of their own that can be killed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from unmask.policies.denoiser import new_denoiser
+from unmask.recipes.loading import dump_recipe, load_recipe
+from unmask.recipes.registry import SLOTS
+from unmask.recipes.schema import Recipe
+
+HERE = Path(__file__).parent
+RECIPE = """
+name: short
+model: {path: MODEL, device: cpu, lora: {rank: 2}}
+task: {name: arithmetic, level: easy}
+rollout:
+  prompts: 2
+  group: 4
+  canvas: 16
+  prompt_limit: 64
+  sampler: {schedule: {name: blocks, size: 8, per_step: 2}, score: confidence, selection: top}
+rewards: [{name: "toyrewards:mean_id"}]
+method: cj_grpo
+objective: {inner_steps: 2, beta: 0.0}
+optim: {lr: 1.0e-2, steps: 4}
+evaluation: {problems: 5, temperature: 0.0}
+run: {directory: runs, log_rollouts_every: 1}
+"""
+
+
+def save_model(folder: Path) -> Path:
+    """Write a random model of 30 thousand parameters."""
+    denoiser = new_denoiser(hidden_size=32, layers=2, heads=2, mlp=64)
+    # The small initial weights of a deep model would leave this one's distributions flat: nothing could be told apart.
+    with torch.no_grad():
+        for parameter in denoiser.model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)
+    denoiser.save(folder)
+    return folder
+
+
+def recipe(model: Path, *overrides: str) -> Recipe:
+    """Return the short recipe with overrides; `toyrewards` must be on the path and runs go below the current folder."""
+    Path("short.yaml").write_text(RECIPE.replace("MODEL", str(model)))
+    loaded = load_recipe("short.yaml", overrides)
+    assert isinstance(loaded, Recipe)
+    return loaded
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Return what a run has trained."""
+    adapter = folder / "adapter" / "adapter_model.safetensors"
+    return load_file(adapter if adapter.is_file() else folder / "model" / "model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Tell whether two runs ended with the same bits."""
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def checkpoints(folder: Path) -> list[str]:
+    """Return the names of a run's complete checkpoints."""
+    return sorted(path.parent.name for path in folder.glob("checkpoint-*/unmask.json"))
+
+
+@dataclass
+class Process:
+    """A process that runs a recipe, or one rank of it."""
+
+    process: Any
+    output: Path
+
+    def kill(self) -> None:
+        """Kill it as the kernel does when memory is short."""
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+    def wait(self, seconds: float = 120.0) -> int:
+        """Return its exit code."""
+        self.process.join(seconds)
+        assert not self.process.is_alive(), self.text()
+        return self.process.exitcode
+
+    def wait_for(self, path: Path, seconds: float = 120.0) -> None:
+        """Wait until it has written a file."""
+        end = time.monotonic() + seconds
+        while not path.exists():
+            assert self.process.is_alive() and time.monotonic() < end, f"{path} never came: {self.text()}"
+            time.sleep(0.001)
+
+    def text(self) -> str:
+        """Return what it has printed."""
+        return self.output.read_text() if self.output.is_file() else ""
+
+
+def start(loaded: Recipe, *, resume: Path | None = None, rank: int = 0, ranks: int = 1, **job: Any) -> Process:
+    """Start `unmask.rl.launch` as torchrun does, in a fork of a server that has only imported unmask."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["unmask.rl.launch"])
+    written, output = Path(f"{loaded.name}-launch.yaml").absolute(), Path(f"{loaded.name}-{rank}.txt").absolute()
+    written.write_text(dump_recipe(loaded))
+    environment = {"UNMASK_WORKER": "1", "OMP_NUM_THREADS": "1", **job.pop("environment", {})}
+    arguments = [str(written), *(["--resume", str(resume)] if resume else [])]
+    job = {"environment": environment, "folder": os.getcwd(), "output": str(output), "arguments": arguments, **job}
+    process = context.Process(target=runpy.run_path, args=(str(HERE / "onerank.py"), {"JOB": job}))
+    process.start()
+    return Process(process, output)
+
+
+def start_ranks(loaded: Recipe, ranks: int, *, resume: Path | None = None) -> list[Process]:
+    """Start the ranks of one run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [
+        start(loaded, resume=resume, rank=r, environment={**shared, "RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(ranks)
+    ]
+
+
+def finish(processes: Sequence[Process]) -> None:
+    """Wait for processes that must end well."""
+    for process in processes:
+        assert process.wait() == 0, process.text()
+
+
+def recipe_rows() -> Any:
+    """Return the rows of a task without end."""
+    return SLOTS["task"].build("arithmetic")("train", seed=0)

@@ -1,0 +1,165 @@
+"""Two processes under gloo do what one does: the same rollouts, loss, gradient and weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+
+from unmask.recipes.schema import Recipe
+from unmask.rl import run
+
+sys.path.append(str(Path(__file__).parent))
+import shortrun
+
+BASE = ["rollout.prompts=4", "optim.steps=8", "rewards=[{name: 'toyrewards:one_sided'}]", "evaluation.every=4"]
+KINDS = {
+    "adapter": ["rollout.micro_batch=3"],
+    "all weights, reference, ratio of a rollout": [
+        "model.lora=null",
+        "optim.lr=1e-3",
+        "optim.weight_decay=0.1",
+        "objective.unit=rollout",
+        "objective.beta=0.05",
+    ],
+    "choices of positions, drawn steps, tokens alike": [
+        "rollout.sampler.selection=sampled_confidence",
+        "objective.unit=step",
+        "objective.estimator={name: trace, steps: uniform_k, k: 2}",
+        "objective.weight=uniform",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shortrun.save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Return the rollouts of a batch from the files of all ranks."""
+    files = sorted((folder / "rollouts").glob(f"step-{step:06}*.parquet"), key=lambda path: path.stem)
+    return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+
+
+def distance(one: Path, two: Path) -> float:
+    """Return by how much the trained weights of two runs differ, relative to their norm."""
+    a, b = (torch.cat([w.flatten() for _, w in sorted(shortrun.weights(path).items())]) for path in (one, two))
+    return ((a - b).norm() / a.norm()).item()
+
+
+@pytest.mark.parametrize("overrides", KINDS.values(), ids=KINDS)
+def test_two_ranks_do_what_one_does(model: Path, overrides: list[str]) -> None:
+    recipe = shortrun.recipe(model, "name=two", *BASE, *overrides)
+    processes = shortrun.start_ranks(recipe, 2)
+    run.train(shortrun.recipe(model, "name=one", *BASE, *overrides))
+    shortrun.finish(processes)
+    one, two = Path("runs/one"), Path("runs/two")
+    for step in (0, 2, 4, 6):
+        compare_rollouts(rollouts(one, step), rollouts(two, step))
+    compare_metrics(one, two)
+    assert distance(one, two) < 1e-6
+    assert json.loads((two / "manifest.json").read_text())["ranks"] == 2
+    # One rank alone speaks.
+    assert "held-out exact" in processes[0].text() and not processes[1].text()
+
+
+def compare_rollouts(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
+    assert len(one) == len(two) == 16
+    for a, b in zip(one, two, strict=True):
+        for exact in ("rollout_id", "group", "prompt", "tokens", "source", "born", "nfe", "outcome", "completion"):
+            assert a[exact] == b[exact], exact
+        assert a["reward"] == b["reward"] and a["advantage"] == b["advantage"]
+        assert torch.allclose(torch.tensor(a["logprob"]), torch.tensor(b["logprob"]), rtol=0, atol=1e-5)
+
+
+def compare_metrics(one: Path, two: Path) -> None:
+    records = [shortrun.lines(folder / "metrics.jsonl") for folder in (one, two)]
+    assert len(records[0]) == len(records[1])
+    counts = ("step", "n", "exact", "tokens", "views", "rollouts", "mass", "nfe", "length")
+    for a, b in zip(*records, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            if key.rpartition("/")[2] in counts:
+                assert value == pytest.approx(b[key], rel=1e-12), key
+            elif key == "loss":
+                assert value == pytest.approx(b[key], rel=1e-6, abs=1e-6)
+            else:
+                assert value == pytest.approx(b[key], rel=1e-4, abs=2e-6), key
+    updates = [record for record in records[0] if "loss" in record]
+    signal = [record["grad_norm"] > 0 for record in updates]
+    # The third batch teaches nothing unless a reference pulls; its steps must be the same empty ones on both sides.
+    assert signal[0] and (signal[4] or updates[4]["train/rollouts"] == 0)
+
+
+def test_prompts_that_two_ranks_cannot_share(model: Path) -> None:
+    recipe = shortrun.recipe(model, "name=odd", *BASE, "rollout.prompts=3")
+    processes = shortrun.start_ranks(recipe, 2)
+    assert [process.wait() for process in processes] == [2, 2]
+    line = processes[0].text().strip().splitlines()[-1]
+    assert line.startswith("error: num_prompts: 3 prompts cannot be shared evenly by 2 processes")
+    assert not Path("runs/odd").exists()
+
+
+def killed_in_flight(model: Path, name: str) -> tuple[Recipe, Path]:
+    """Return the recipe and the folder of a run of two ranks that was killed between the inner steps of a batch."""
+    recipe = shortrun.recipe(model, f"name={name}", *BASE, "run.save_every=1", "run.keep=9", "objective.inner_steps=4")
+    processes = shortrun.start_ranks(recipe, 2)
+    processes[0].wait_for(Path("runs", name, "checkpoint-6", "unmask.json"))
+    for process in processes:
+        process.kill()
+    return recipe, Path("runs", name)
+
+
+def test_two_ranks_resume_to_the_same_bits(model: Path) -> None:
+    recipe, folder = killed_in_flight(model, "killed")
+    shortrun.finish(shortrun.start_ranks(recipe, 2, resume=folder / "checkpoint-6"))
+    whole = recipe.model_copy(update={"name": "whole"})
+    shortrun.finish(shortrun.start_ranks(whole, 2))
+    assert shortrun.same_weights(folder, Path("runs/whole"))
+    assert (folder / "metrics.jsonl").read_bytes() == Path("runs/whole/metrics.jsonl").read_bytes()
+    check_other_number_of_ranks(recipe, folder)
+
+
+def check_other_number_of_ranks(recipe: Recipe, folder: Path) -> None:
+    """A batch whose inner steps are half done stays with its ranks; between batches their number may change."""
+    copies = [folder.with_name(name) for name in ("half", "edge")]
+    for copy, step in zip(copies, (6, 4), strict=True):
+        subprocess.run(["cp", "-r", str(folder), str(copy)], check=True)
+        for later in range(step + 1, 9):
+            subprocess.run(["rm", "-rf", str(copy / f"checkpoint-{later}")], check=True)
+    with pytest.raises(ValueError, match=r"2 process.es. share it; resume with --nproc 2, not 1"):
+        run.train(recipe, resume=copies[0])
+    run.train(recipe, resume=copies[1])
+    assert distance(folder, copies[1]) < 1e-6
+
+
+@pytest.mark.slow
+def test_the_command_starts_the_processes(model: Path) -> None:
+    shortrun.recipe(model)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(shortrun.HERE), os.environ.get("PYTHONPATH", "")])}
+    command = [str(Path(sys.executable).with_name("unmask")), "train", "short.yaml", *BASE, "--nproc", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out exact") == 1 and "Warning" not in done.stderr
+    summary = json.loads(Path("runs/short/summary.json").read_text())
+    assert summary["run"] == "short" and summary["n"] == 5
+    # The same command again takes the next free folder, and a refusal is told without the launcher's own traceback.
+    Path("short.yaml").write_text(Path("short.yaml").read_text().replace(str(model), "nowhere/at/all"))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    assert "there is no folder 'nowhere/at/all'" in errors[0] and "the error above is the cause" in errors[-1]
+    assert not Path("runs/short-2").exists()
