@@ -50,6 +50,7 @@ def sources(recipe: SftRecipe) -> list[Source]:
             rows=SLOTS["task"].build(entry.task)("train", seed=recipe.run.seed),
             weight=entry.weight,
             canvas=entry.canvas,
+            start=entry.start,
         )
         for entry in recipe.tasks
     ]

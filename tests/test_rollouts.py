@@ -1,4 +1,4 @@
-"""Trajectories as data, by hand; and the worker: prompts, ids, decoding, and the same rollouts however work is split."""
+"""Trajectories as data, by hand; and the worker: prompts, ids, decoding, the same rollouts however work is split."""
 
 from __future__ import annotations
 

@@ -111,12 +111,12 @@ def test_blocks_with_given_tokens() -> None:
 def test_blocks_totals(size: int) -> None:
     for per_step in range(1, size + 1):
         found = commits({"name": "blocks", "size": size, "per_step": per_step}, [MASK] * 12)
-        assert sorted(sum(found, [])) == list(range(12))
+        assert sorted(itertools.chain(*found)) == list(range(12))
         assert len(found) == 12 // size * math.ceil(size / per_step)
     blocks = 12 // size
     for steps in range(blocks, 13, blocks):
         found = commits({"name": "blocks", "size": size, "steps": steps}, [MASK] * 12)
-        assert sorted(sum(found, [])) == list(range(12))
+        assert sorted(itertools.chain(*found)) == list(range(12))
         assert len(found) == steps
 
 
