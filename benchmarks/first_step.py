@@ -1,4 +1,4 @@
-"""On the shipped model: is every canvas rebuilt bit for bit, and is the first inner step's ratio 1, for every selection?
+"""On the shipped model: is every canvas rebuilt bit for bit, and is the first ratio 1, for every selection?
 
 python benchmarks/first_step.py [--model unmask:tiny] [--json FILE]
 """
@@ -83,9 +83,8 @@ def main() -> None:
             }
         )
         print(results[-1], flush=True)
-    print(
-        f"wrote {save('first_step', {'model': arguments.model, 'rows': results}, arguments.json, seeds={'rollouts': 0})}"
-    )
+    found = {"model": arguments.model, "rows": results}
+    print(f"wrote {save('first_step', found, arguments.json, seeds={'rollouts': 0})}")
 
 
 if __name__ == "__main__":

@@ -154,8 +154,8 @@ def countdown(
 ) -> Rows:
     """Reach a target with +, -, *, / from `numbers` numbers, each used exactly once.
 
-    Prompt `3 5 8 -> 19`, trace `8*3=24` `24-5=19`, answer `#### 8*3-5`; the numbers are sorted. Intermediate results are positive
-    integers of at most `largest_target`.
+    Prompt `3 5 8 -> 19`, trace `8*3=24` `24-5=19`, answer `#### 8*3-5`; the numbers are sorted. Intermediate
+    results are positive integers of at most `largest_target`.
     """
     if not 2 <= numbers[0] <= numbers[1] <= 6:
         raise RecipeError(f"task.numbers: {list(numbers)} must satisfy 2 <= low <= high <= 6.")

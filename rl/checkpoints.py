@@ -70,11 +70,11 @@ def load_plan(path: Path, sampler: Sampler) -> Plan | None:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointWriteError(f"{path}: damaged ({error}); resume from an earlier checkpoint.") from error
-    constants = json.loads(metadata["constants"])
+    constants: dict[str, Any] = json.loads(metadata["constants"])
     for name, value in constants.items():
         if isinstance(value, list):
             constants[name] = tuple(value)
-    parts: dict[str, dict[str, Tensor]] = {"plan": {}, "trajectory": {}}
+    parts: dict[str, dict[str, Any]] = {"plan": {}, "trajectory": {}}
     for key, value in tensors.items():
         owner, _, name = key.partition(".")
         parts[owner][name] = value

@@ -10,7 +10,15 @@ from transformers import TrainingArguments
 from ..recipes.registry import RecipeError
 
 # GRPOConfig's name -> ours; the value carries over unchanged.
-SAME_NAMES = ("num_generations", "max_completion_length", "temperature", "beta", "num_iterations", "epsilon", "epsilon_high")
+SAME_NAMES = (
+    "num_generations",
+    "max_completion_length",
+    "temperature",
+    "beta",
+    "num_iterations",
+    "epsilon",
+    "epsilon_high",
+)
 # Fields that need no counterpart because the default, and only the default, is what unmask does anyway.
 DERIVED = ("generation_batch_size", "steps_per_generation", "num_generations_eval")
 
@@ -39,15 +47,17 @@ class UnmaskConfig(TrainingArguments):
     reference: str = field(default="auto", metadata={"help": "auto, adapter_off, frozen_copy or none."})
     log_rollouts_every: int = field(default=10, metadata={"help": "Batches between stored rollouts (0: never)."})
     eval_problems: int = field(default=512, metadata={"help": "Held-out problems an evaluation."})
-    eval_temperature: float | None = field(default=None, metadata={"help": "Temperature of evaluation; None: temperature."})
+    eval_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of evaluation; None: temperature."}
+    )
     keep_checkpoints: int = field(default=2, metadata={"help": "Complete checkpoints kept on disk."})
 
     def __post_init__(self) -> None:
         """Validate our own fields; TrainingArguments validates its."""
         if self.per_device_train_batch_size not in (1, 8) or self.gradient_accumulation_steps != 1:
             raise RecipeError(
-                "UnmaskConfig: per_device_train_batch_size and gradient_accumulation_steps do not apply; set num_prompts, "
-                "num_generations and chunk_size."
+                "UnmaskConfig: per_device_train_batch_size and gradient_accumulation_steps do not apply; set "
+                "num_prompts, num_generations and chunk_size."
             )
         self.per_device_train_batch_size = 1
         for name in ("num_prompts", "num_generations", "num_iterations", "max_completion_length", "chunk_size"):
@@ -80,10 +90,10 @@ class UnmaskConfig(TrainingArguments):
         ]
         if unsupported:
             raise RecipeError(
-                f"from_grpo: {', '.join(sorted(unsupported))} set away from the default and without a counterpart; unset "
-                "them, or choose the recipe's parts instead (unmask parts)."
+                f"from_grpo: {', '.join(sorted(unsupported))} set away from the default and without a counterpart; "
+                "unset them, or choose the recipe's parts instead (unmask parts)."
             )
-        # Fields that GRPOConfig itself moves away from TrainingArguments' defaults carry over only when the user set them.
+        # Fields whose defaults GRPOConfig itself moves carry over only when the user set them.
         values = {
             name: getattr(config, name)
             for name in base - set(batch)
@@ -94,5 +104,3 @@ class UnmaskConfig(TrainingArguments):
             values["reward_weights"] = list(config.reward_weights)
         values["num_prompts"] = max(1, config.generation_batch_size // config.num_generations)
         return cls(**(values | overrides))
-
-

@@ -46,7 +46,7 @@ def gather_objects(value: Any) -> list[Any]:
 def reduce_gradients(parameters: Iterable[nn.Parameter], *, average: bool) -> None:
     """Sum (or average) gradients over ranks in one flat buffer.
 
-    The forward does not pass through DDP's wrapper, whose reducer wants one forward a step; chunked backward makes many.
+    The forward does not pass through DDP's wrapper, whose reducer wants one forward a step: chunks make many.
     """
     if not active():
         return

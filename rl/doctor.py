@@ -71,7 +71,9 @@ def doctor(*, model: str | None = None) -> dict[str, Any]:
         console.print(table)
     for problem in problems:
         console.print(f"problem: {problem}", markup=False)
-    console.print("no problems found; next: unmask train quickstart.yaml" if not problems else f"{len(problems)} problems")
+    console.print(
+        "no problems found; next: unmask train quickstart.yaml" if not problems else f"{len(problems)} problems"
+    )
     return {
         "packages": {name: {"installed": v, "required": w, "fits": f} for name, v, w, f in packages},
         "machine": machine,

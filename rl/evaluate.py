@@ -56,9 +56,10 @@ def evaluate(
     """
     worker = replace(worker, group=1)
     started = time.perf_counter()
-    training = worker.denoiser.model.training if hasattr(worker.denoiser, "model") else False
+    model: Any = getattr(worker.denoiser, "model", None)
+    training = model is not None and model.training
     if training:
-        worker.denoiser.model.eval()
+        model.eval()
     outcomes: list[str] = []
     rewards: list[float] = []
     steps: list[int] = []
@@ -76,7 +77,7 @@ def evaluate(
         if progress is not None:
             progress(len(chunk))
     if training:
-        worker.denoiser.model.train()
+        model.train()
     gathered = gather_objects((outcomes, rewards, steps, tokens))
     seconds = time.perf_counter() - started
     outcomes = [value for part in gathered for value in part[0]]

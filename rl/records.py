@@ -55,7 +55,9 @@ def rollout_table(batch: RolloutBatch, step: int) -> dict[str, list[Any]]:
         "step": [step] * len(batch),
         "rollout_id": trajectory.rollout_id_B.tolist(),
         "group": batch.group_B.tolist(),
-        "prompt": [row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"]) for row in batch.rows],
+        "prompt": [
+            row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"]) for row in batch.rows
+        ],
         "completion": batch.completions,
         "tokens": trajectory.tokens_BL.tolist(),
         "source": trajectory.source_BL.tolist(),

@@ -197,7 +197,9 @@ def _launch(recipe: Recipe, nproc: int, resume: Path | None) -> dict[str, Any]:
     folder = resume if resume is not None else _free(run_folder(recipe))
     folder = folder.parent if folder.name.startswith("checkpoint-") else folder
     plan = folder / "launch.yaml"
-    fixed = recipe.model_copy(update={"name": folder.name, "run": recipe.run.model_copy(update={"directory": str(folder.parent)})})
+    fixed = recipe.model_copy(
+        update={"name": folder.name, "run": recipe.run.model_copy(update={"directory": str(folder.parent)})}
+    )
     write_atomically(plan, dump_recipe(fixed))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
     command += ["--module", "unmask.rl.launch", str(plan)] + (["--resume", str(resume)] if resume else [])
@@ -216,14 +218,18 @@ def _evaluated(trainer: UnmaskTrainer) -> dict[str, Any]:
 def run_manifest(recipe: Recipe | SftRecipe, denoiser: Denoiser) -> dict[str, Any]:
     """Return the manifest of a run."""
     return manifest(
-        device=denoiser.device, dtype=recipe.model.dtype, seeds={"run": recipe.run.seed}, ranks=world_size(), model=str(recipe.model.path)
+        device=denoiser.device,
+        dtype=recipe.model.dtype,
+        seeds={"run": recipe.run.seed},
+        ranks=world_size(),
+        model=str(recipe.model.path),
     )
 
 
 def save_policy(denoiser: Denoiser, folder: Path) -> None:
     """Write the adapter as peft does, or all weights in the vendor's layout."""
     if isinstance(denoiser.model, PeftModel):
-        denoiser.model.save_pretrained(folder / "adapter")
+        denoiser.model.save_pretrained(str(folder / "adapter"))
     else:
         denoiser.save(folder / "model")
 
@@ -232,12 +238,16 @@ def sft(recipe: SftRecipe, *, nproc: int = 1, resume: Path | None = None) -> dic
     """Run a supervised recipe and return its summary."""
     if nproc > 1 and WORKER not in os.environ:
         return _launch(recipe, nproc, resume)  # type: ignore[arg-type]
-    summary = sft_run.sft(recipe, resume=resume)
+    summary = sft_run.sft(recipe, resume=str(resume) if resume else None)
     if rank() == 0:
         folder = run_folder(recipe)
-        table = Table("task", "held-out exact", "n", "NFE", title=f"{recipe.name}: {summary['wall_s'] / 60:.1f} minutes")
+        table = Table(
+            "task", "held-out exact", "n", "NFE", title=f"{recipe.name}: {summary['wall_s'] / 60:.1f} minutes"
+        )
         for name, result in summary["heldout"].items():
-            table.add_row(name, f"{result['exact']:.3f} ± {result['stderr']:.3f}", str(result["n"]), f"{result['nfe']:.1f}")
+            table.add_row(
+                name, f"{result['exact']:.3f} ± {result['stderr']:.3f}", str(result["n"]), f"{result['nfe']:.1f}"
+            )
         console = Console()
         console.print(table)
         console.print(f"weights: {folder / 'model'}\nnext: unmask sample {folder / 'model'}")
@@ -257,7 +267,12 @@ def evaluate(target: str, *, overrides: Sequence[str] = (), problems: int | None
     table = Table("held-out exact", "n", "mean reward", "NFE", "length", "tokens/s", title=target)
     exact = f"{result.exact:.3f} ± {result.stderr:.3f}"
     table.add_row(
-        exact, str(result.n), f"{result.reward:.3f}", f"{result.nfe:.1f}", f"{result.length:.1f}", f"{result.tokens_per_s:.0f}"
+        exact,
+        str(result.n),
+        f"{result.reward:.3f}",
+        f"{result.nfe:.1f}",
+        f"{result.length:.1f}",
+        f"{result.tokens_per_s:.0f}",
     )
     console = Console()
     console.print(table)
@@ -300,21 +315,29 @@ def open_target(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Den
         return recipe, load_policy(recipe)
     recipe = load_recipe(folder / "recipe.yaml" if folder.is_dir() else target, overrides)
     if not isinstance(recipe, Recipe):
-        raise RecipeError(f"'{target}' is a recipe of kind sft; name its model folder ({run_folder(recipe) / 'model'}).")
+        raise RecipeError(
+            f"'{target}' is a recipe of kind sft; name its model folder ({run_folder(recipe) / 'model'})."
+        )
     if (folder / "model" / "config.json").is_file():
-        return recipe, load_denoiser(str(folder / "model"), dtype=recipe.model.dtype, device=device_of(recipe.model.device))
+        return recipe, load_denoiser(
+            str(folder / "model"), dtype=recipe.model.dtype, device=device_of(recipe.model.device)
+        )
     denoiser = load_policy(recipe)
     if (folder / "adapter").is_dir():
         model = PeftModel.from_pretrained(denoiser.model, str(folder / "adapter")).eval()
         denoiser = replace(denoiser, model=model)
     elif folder.is_dir():
-        raise RunError(f"'{folder}' holds neither adapter nor model; the run has not finished (unmask train --resume {folder}).")
+        raise RunError(
+            f"'{folder}' holds neither adapter nor model; the run has not finished (unmask train --resume {folder})."
+        )
     return recipe, denoiser
 
 
 def show_summary(summary: dict[str, Any], folder: Path) -> None:
     """Print before and after, and where to look next."""
-    table = Table("", "held-out exact", "mean reward", "NFE", "length", title=f"{summary['run']}: {summary['wall_s']:.0f} s")
+    table = Table(
+        "", "held-out exact", "mean reward", "NFE", "length", title=f"{summary['run']}: {summary['wall_s']:.0f} s"
+    )
     for name in ("before", "after"):
         row = summary[name]
         exact = f"{row['exact']:.3f} ± {row['stderr']:.3f}"

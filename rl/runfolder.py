@@ -15,7 +15,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("unmask", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "safetensors", "tokenizers")
+PACKAGES = (
+    "unmask",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "datasets",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -57,7 +57,8 @@ def sample(target: str, *, prompt: str | None = None, overrides: Sequence[str] =
         ).to("cpu")
     completion_ids, completions = worker.decode(trajectory)
     console.print(
-        f"{len(completion_ids[0])} tokens in {int(trajectory.steps_B[0])} steps (NFE), temperature {worker.sampler.temperature:g}"
+        f"{len(completion_ids[0])} tokens in {int(trajectory.steps_B[0])} steps (NFE), "
+        f"temperature {worker.sampler.temperature:g}"
     )
     if rewards:
         table = worker.scorer([row], [row["prompt"]], completions, completion_ids)
@@ -96,7 +97,9 @@ class _Painter:
         self.step += 1
         picture = self._picture(tokens)
         if self.live is None:
-            self.console.print(f"{self.step:4} {picture.plain.replace(chr(10), '⏎')}", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(
+                f"{self.step:4} {picture.plain.replace(chr(10), '⏎')}", markup=False, highlight=False, soft_wrap=True
+            )
             return
         self.live.update(Panel(picture, title=f"step {self.step}", title_align="left"))
         time.sleep(0.05)

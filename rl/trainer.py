@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +47,12 @@ CJ_GRPO = {
 
 
 class UnmaskTrainer(Trainer):
-    """Trains a denoiser on the trajectories it samples; constructor and argument names are those of TRL's GRPOTrainer.
+    """Trains a denoiser on the trajectories it samples; constructor and arguments are named as in TRL's GRPOTrainer.
 
-    `model` is a Denoiser, a checkpoint folder, a hub id or `unmask:tiny`; `reward_funcs` are names, TRL reward functions
+    `model` is a Denoiser, a checkpoint folder, a hub id or `unmask:tiny`; `reward_funcs` are names, TRL functions
     or Rewards; datasets are sequences of rows with a `prompt` (or task Rows). `sampler`, `objective` and `advantage`
-    default to blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean. One `training_step` is one optimizer
-    step. Raises ValueErrors that name value, rule and remedy.
+    default to blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean. One `training_step` is one
+    optimizer step. Raises ValueErrors that name value, rule and remedy.
     """
 
     def __init__(
@@ -77,20 +76,21 @@ class UnmaskTrainer(Trainer):
         if peft_config is not None:
             denoiser = attach_adapter(denoiser, peft_config, seed=args.seed)
         self.denoiser, self.optim = denoiser, optim or {}
+        self.config, self.folder = args, Path(str(args.output_dir))
         self.tokenizer = processing_class or denoiser.tokenizer
         self.rewards = _rewards(reward_funcs, args.reward_weights)
         self.rows, self.eval_rows = _as_rows(train_dataset, args.seed), None
         check_columns(self.rewards, self.rows.row(0))
         sampler = sampler or default_sampler(args)
         self.sampler = replace(sampler, temperature=args.temperature)
-        self.objective = objective or default_objective(args)
+        self.objective: Objective = objective or default_objective(args)
         self.advantage = advantage
         self.reference = build_reference(denoiser, args.reference, beta=self.objective.beta)
         self.worker = RolloutWorker(
             denoiser=denoiser,
             tokenizer=self.tokenizer,
             sampler=self.sampler,
-            scorer=partial(score_batch, self.rewards),
+            scorer=self._score,
             group=args.num_generations,
             canvas=args.max_completion_length,
             prompt_limit=args.max_prompt_length,
@@ -103,7 +103,7 @@ class UnmaskTrainer(Trainer):
             self.eval_rows = heldout_rows(_as_rows(eval_dataset, args.seed, heldout=True), args.eval_problems)
         self._plan: Plan | None = None
         self._metrics: dict[str, float] = {}
-        self.records = Records(Path(args.output_dir))
+        self.records = Records(self.folder)
         super().__init__(
             model=denoiser.model,
             args=args,
@@ -117,6 +117,10 @@ class UnmaskTrainer(Trainer):
         if rank() == 0:
             self.add_callback(Progress())
 
+    def _score(self, rows: Any, prompts: Any, completions: Any, completion_ids: Any) -> RewardTable:
+        """Score a batch; reward functions see the Trainer's state, as TRL's do."""
+        return score(self.rewards, rows, prompts, completions, completion_ids, trainer_state=self.state)
+
     def get_train_dataloader(self) -> DataLoader:
         """Return step numbers; what a step trains on follows from its number, in every process and after a resume."""
         return DataLoader(range(self.args.max_steps), batch_size=1, collate_fn=_step_number)  # type: ignore[arg-type]
@@ -125,8 +129,11 @@ class UnmaskTrainer(Trainer):
         """Build the optimizer over the trainable parameters once."""
         if self.optimizer is None:
             args = self.args
-            defaults = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-            defaults["betas"] = (args.adam_beta1, args.adam_beta2)
+            defaults: dict[str, Any] = {
+                "lr": args.learning_rate,
+                "weight_decay": args.weight_decay,
+                "betas": (args.adam_beta1, args.adam_beta2),
+            }
             self.optimizer = build_optimizer(self.denoiser.model.named_parameters(), **(defaults | self.optim))
         return self.optimizer
 
@@ -134,7 +141,7 @@ class UnmaskTrainer(Trainer):
         """Collect rollouts when the last plan is used up, and add one update's gradient; returns its loss."""
         step = int(inputs["step"])
         started = time.perf_counter()
-        if self._plan is None or step % self.args.num_iterations == 0:
+        if self._plan is None or step % self.config.num_iterations == 0:
             batch = self._collect(step)
             batch = batch.with_advantage(self.advantage(batch.rewards.total_B, batch.group_B))
             self._report(batch, step)
@@ -150,9 +157,9 @@ class UnmaskTrainer(Trainer):
 
     def _collect(self, step: int) -> RolloutBatch:
         """Return this rank's share of batch `step // num_iterations`."""
-        number, prompts = step // self.args.num_iterations, self.args.num_prompts // world_size()
+        number, prompts = step // self.config.num_iterations, self.config.num_prompts // world_size()
         first = rank() * prompts
-        rows = [self.rows.row(number * self.args.num_prompts + first + offset) for offset in range(prompts)]
+        rows = [self.rows.row(number * self.config.num_prompts + first + offset) for offset in range(prompts)]
         self.denoiser.model.eval()
         return self.worker.collect(rows, step=number, first_id=first)
 
@@ -171,26 +178,30 @@ class UnmaskTrainer(Trainer):
 
     def _report(self, batch: RolloutBatch, step: int) -> None:
         """Add a batch's means over all ranks to the step's metrics, and store its rollouts when due."""
-        share = len(batch) / (self.args.num_prompts * self.args.num_generations)
+        share = len(batch) / (self.config.num_prompts * self.config.num_generations)
         own = batch.metrics | batch_metrics(batch)
         self._metrics |= {name: total(value * share) for name, value in sorted(own.items())}
-        every, number = self.args.log_rollouts_every, step // self.args.num_iterations
+        every, number = self.config.log_rollouts_every, step // self.config.num_iterations
         if every and number % every == 0:
-            write_rollouts(Path(self.args.output_dir), batch, step, rank())
+            write_rollouts(self.folder, batch, step, rank())
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Return and log the held-out exact rate, its standard error, reward, NFE and tokens a second."""
-        rows = self.eval_rows if eval_dataset is None else heldout_rows(
-            _as_rows(eval_dataset, self.args.seed, heldout=True), self.args.eval_problems
+        rows = (
+            self.eval_rows
+            if eval_dataset is None
+            else heldout_rows(_as_rows(eval_dataset, self.args.seed, heldout=True), self.config.eval_problems)
         )
         if not rows:
             raise RecipeError("evaluate: there are no held-out problems; pass eval_dataset.")
         result = evaluate(self.eval_worker, rows)
         values = {name: value for name, value in result.as_dict().items() if isinstance(value, int | float)}
         clocks = ("wall_s", "tokens_per_s")
-        named = {f"time/{metric_key_prefix}_{k}" if k in clocks else f"{metric_key_prefix}/{k}": v for k, v in values.items()}
+        named = {
+            f"time/{metric_key_prefix}_{k}" if k in clocks else f"{metric_key_prefix}/{k}": v for k, v in values.items()
+        }
         self.log(named)
         # Callbacks and best-model selection look for the prefix that Trainer uses.
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
@@ -208,7 +219,7 @@ class UnmaskTrainer(Trainer):
 
 
 class PlanKeeper(TrainerCallback):
-    """Keeps checkpoints whole: adds the plan in flight, marks the folder complete, drops the oldest; restores on resume."""
+    """Keeps checkpoints whole: adds the plan in flight, marks them complete, drops the oldest, restores on resume."""
 
     def __init__(self, trainer: UnmaskTrainer) -> None:
         self.trainer = trainer
@@ -295,5 +306,3 @@ def _as_rows(dataset: Any, seed: int, *, heldout: bool = False) -> Rows:
 def _step_number(items: list[int]) -> dict[str, int]:
     (step,) = items
     return {"step": step}
-
-

@@ -79,9 +79,9 @@ def test_template_marks_what_the_assistant_says() -> None:
     tokenizer = byte_tokenizer()
     encoded = tokenizer.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-    assert tokenizer.decode(ids) == (
-        "<|system|>Be brief.<|user|>1+1=?<|assistant|>2<|eos|><|user|> and 2+2?\n"
-    ), "no assistant's turn is opened unless it is asked for"
+    assert tokenizer.decode(ids) == ("<|system|>Be brief.<|user|>1+1=?<|assistant|>2<|eos|><|user|> and 2+2?\n"), (
+        "no assistant's turn is opened unless it is asked for"
+    )
     assert [i for i, m in zip(ids, mask, strict=True) if m] == [ord("2"), 256]
 
 
@@ -99,9 +99,10 @@ def test_prompts_and_completions() -> None:
     assert completion_ids(tokenizer, "5\n#### 5") == [*b"5\n#### 5", 256]
     # A prompt and its completion are the template's rendering of the two turns.
     talk = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
-    assert prompt_ids(tokenizer, "1+1=") + completion_ids(tokenizer, "2") == tokenizer.apply_chat_template(
-        talk, return_dict=True
-    )["input_ids"]
+    assert (
+        prompt_ids(tokenizer, "1+1=") + completion_ids(tokenizer, "2")
+        == tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]
+    )
 
 
 def test_a_saved_tokenizer_is_the_same(tmp_path: Path) -> None:

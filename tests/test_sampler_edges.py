@@ -193,7 +193,7 @@ def test_progress_is_reported_after_each_step() -> None:
 def choice_by_enumeration(
     logits_LV: Tensor, open_positions: list[int], taken: dict[int, int], temperature: float, score_temperature: float
 ) -> float:
-    """Return log P(positions | tokens): the mass of all draws that commit exactly `taken`, over its tokens' own mass."""
+    """Return log P(positions | tokens): the mass of all draws that commit just `taken`, over its tokens' own mass."""
     logits_LV = logits_LV.double()[:, :MASK]
     q_LV = (logits_LV / temperature).softmax(dim=1).tolist()
     p_LV = (logits_LV / score_temperature).softmax(dim=1).tolist()
