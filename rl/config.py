@@ -32,6 +32,7 @@ class UnmaskConfig(TrainingArguments):
     because the objective splits its own batch (`chunk_size` views a forward, gradients summed).
     """
 
+    logging_steps: float = field(default=1, metadata={"help": "Updates between log records."})
     num_prompts: int = field(default=16, metadata={"help": "Prompts a batch, all ranks together."})
     num_generations: int = field(default=8, metadata={"help": "Rollouts of each prompt (group)."})
     num_iterations: int = field(default=1, metadata={"help": "Optimizer steps on each batch (inner steps)."})

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
-import yaml
 
 
 def device_of(name: str) -> str:
-    """Return a torch device name; `auto` is cuda, then mps, when there is one."""
+    """Return a torch device name; `auto` is cuda when there is one, else cpu."""
     if name != "auto":
         return name
     if torch.cuda.is_available():
         return "cuda"
     return "cpu"
-
-
-def dump(recipe: Any) -> str:
-    """Return a recipe as YAML, every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
 def cpu_backend(device: str) -> str | None:

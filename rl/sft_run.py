@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from ..policies.denoiser import Denoiser, load_denoiser, new_denoiser
+from ..recipes.loading import dump_recipe
 from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import SftRecipe
 from ..rewards import build_rewards, score
@@ -17,7 +18,7 @@ from ..rollouts.worker import RolloutWorker
 from .distributed import rank, world_size
 from .evaluate import Evaluation, evaluate, heldout_rows
 from .runfolder import manifest, run_folder, write_atomically, write_json
-from .settings import cpu_backend, device_of, dump
+from .settings import cpu_backend, device_of
 from .sft import SftBatches, SftTrainer, Source
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def sft(recipe: SftRecipe, *, resume: str | None = None) -> dict[str, Any]:
     denoiser = build_model(recipe)
     arguments = training_arguments(recipe, folder)
     if rank() == 0:
-        write_atomically(folder / "recipe.yaml", dump(recipe))
+        write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
     trainer = SftTrainer(
         denoiser,
         optim={
@@ -167,7 +168,9 @@ def sft(recipe: SftRecipe, *, resume: str | None = None) -> dict[str, Any]:
     if rank() == 0:
         denoiser.save(folder / "model")
         seeds = {"run": recipe.run.seed}
-        record = manifest(device=denoiser.device, dtype=recipe.model.dtype, seeds=seeds, recipe=dump(recipe), **summary)
+        record = manifest(
+            device=denoiser.device, dtype=recipe.model.dtype, seeds=seeds, recipe=dump_recipe(recipe), **summary
+        )
         write_json(folder / "model" / "manifest.json", record)
         write_json(folder / "summary.json", summary)
     return summary

@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 
 import pytest
+
 from unmask.recipes.registry import SLOTS, RecipeError
 from unmask.recipes.tasks import ARITHMETIC_LEVELS, Rows, split_of
 
@@ -37,7 +38,9 @@ def test_rows_follow_from_seed_and_index(name: str, knobs: dict) -> None:
     assert [first.row(i) for i in (5, 0, 5)] == [again.row(5), again.row(0), again.row(5)]
     assert [first.row(i) for i in range(8)] != [other.row(i) for i in range(8)]
     one, two = (rows_of(name, knobs, "heldout", seed) for seed in (3, 4))
-    assert [one.row(i) for i in range(8)] == [two.row(i) for i in range(8)], "held-out problems are the same in every run"
+    assert [one.row(i) for i in range(8)] == [two.row(i) for i in range(8)], (
+        "held-out problems are the same in every run"
+    )
 
 
 def test_arithmetic_traces_compute_what_they_say() -> None:
