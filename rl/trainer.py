@@ -55,6 +55,9 @@ class UnmaskTrainer(Trainer):
     optimizer step. Raises ValueErrors that name value, rule and remedy.
     """
 
+    _plan: Plan | None
+    _metrics: dict[str, float]
+
     def __init__(
         self,
         model: Denoiser | str,
@@ -101,8 +104,7 @@ class UnmaskTrainer(Trainer):
         self.eval_worker = replace(self.worker, sampler=replace(eval_sampler or sampler, temperature=eval_temperature))
         if eval_dataset is not None:
             self.eval_rows = heldout_rows(_as_rows(eval_dataset, args.seed, heldout=True), args.eval_problems)
-        self._plan: Plan | None = None
-        self._metrics: dict[str, float] = {}
+        self._plan, self._metrics = None, {}
         self.records = Records(self.folder)
         super().__init__(
             model=denoiser.model,
