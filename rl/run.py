@@ -238,7 +238,7 @@ def sft(recipe: SftRecipe, *, nproc: int = 1, resume: Path | None = None) -> dic
     """Run a supervised recipe and return its summary."""
     if nproc > 1 and WORKER not in os.environ:
         return _launch(recipe, nproc, resume)  # type: ignore[arg-type]
-    summary = sft_run.sft(recipe, resume=str(resume) if resume else None)
+    summary = sft_run.sft(recipe, resume=resume)
     if rank() == 0:
         folder = run_folder(recipe)
         table = Table(
