@@ -246,7 +246,7 @@ def _check_keys(model: LlamaForCausalLM, state: dict[str, Tensor], layout: Layou
         state.pop("lm_head.weight", None)
     for names, what in ((wanted.keys() - state.keys(), "are missing"), (state.keys() - wanted.keys(), "fit nothing")):
         if names:
-            first = layout.to_vendor(min(names))
+            first = min(map(layout.to_vendor, names))
             raise CheckpointError(f"{folder}: {len(names)} tensors {what}, first '{first}'; is it another family?")
     for name, shape in wanted.items():
         found = tuple(state[name].shape)

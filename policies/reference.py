@@ -18,11 +18,7 @@ class AdapterOff:
     """The policy's base model: its logits with the adapter disabled, at no extra memory."""
 
     policy: Denoiser
-
-    @property
-    def family(self) -> Family:
-        """The policy's family."""
-        return self.policy.family
+    family: Family
 
     @torch.no_grad()
     def logits(
@@ -43,7 +39,7 @@ def build_reference(policy: Denoiser, kind: str, *, beta: float) -> AdapterOff |
     if kind == "adapter_off":
         if not adapted:
             raise RecipeError("objective.reference: adapter_off needs model.lora; use frozen_copy without an adapter.")
-        return AdapterOff(policy)
+        return AdapterOff(policy, policy.family)
     if kind == "frozen_copy":
         model = copy.deepcopy(policy.model).eval().requires_grad_(False)
         return replace(policy, model=model)

@@ -265,6 +265,9 @@ def _check_sft(recipe: SftRecipe) -> None:
         )
     _check_model(model)
     _check_optim(recipe.optim)
+    if all(entry.start > 0 for entry in recipe.tasks):
+        earliest = min(entry.start for entry in recipe.tasks)
+        raise RecipeError(f"tasks: the earliest starts at {earliest:g} of the steps; one task must have start 0.")
     for index, entry in enumerate(recipe.tasks):
         _check_task(entry.task, f"tasks.{index}.task")
         _check_evaluation(recipe.evaluation, entry.canvas, f"tasks.{index}.canvas")

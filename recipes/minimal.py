@@ -55,9 +55,9 @@ def load_model(folder: Path) -> LlamaForCausalLM:
         num_key_value_heads=vendor["n_kv_heads"],
         rms_norm_eps=vendor["rms_norm_eps"],
         rope_parameters={"rope_type": "default", "rope_theta": vendor["rope_theta"]},
-        is_causal=False,  # the one line that lets a Llama look both ways
         pad_token_id=None,  # with an id here that token's embedding would never learn, and EOS is the padding
     )
+    config.is_causal = False  # the one line that lets a Llama look both ways
     weights = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
         for theirs, ours in NAMES.items():

@@ -159,15 +159,15 @@ SLOTS: dict[str, Slot] = {
     name: Slot(name, signature)
     for name, signature in {
         "task": "(split, *, seed, ...) -> Rows",
-        "schedule": "(masked_BL, step, *, ...) -> Quota(window_BL, count_B)",
-        "score": "(logp_NV, *, position_N, noise_N, ...) -> score_N",
-        "selection": "(score_BL, quota, drawn, *, ...) -> chosen_BL",
-        "reward": "(prompts, completions, completion_ids, **columns) -> list[float | None]",
+        "schedule": "(masked_BL, step_B, open_B, *, ...) -> Quota(window_BL, count_B)",
+        "score": "(logp_KV, position_K, noise_K, *, ...) -> score_K",
+        "selection": "(score_BL, quota, *, ...) -> chosen_BL",
+        "reward": "(*, ...) -> function(prompts, completions, completion_ids, **columns) -> list[float | None]",
         "advantage": "(reward_B, group_B, *, ...) -> advantage_B",
-        "estimator": "(trajectory, *, rng, ...) -> Views",
-        "unit": "(index_K, ...) -> unit_K",
+        "estimator": "(trajectory, *, rng, context, ...) -> Views",
+        "unit": "(actions) -> unit_A",
         "surrogate": "(log_ratio_U, advantage_U, *, ...) -> loss_U",
         "divergence": "(logprob_K, reference_K) -> divergence_K",
-        "weight": "(views, ...) -> weight_NL",
+        "weight": "(views, *, ...) -> (weight_K, mass_B)",
     }.items()
 }

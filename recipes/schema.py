@@ -246,6 +246,7 @@ class SftTask(Section):
     task: Annotated[Part, InSlot("task")] = Field(description="problems with worked references")
     canvas: Int = Field(ge=1, description="completion positions of a full canvas")
     weight: float = Field(1.0, gt=0, description="share of the batches")
+    start: float = Field(0.0, ge=0, lt=1, description="share of the steps after which the task joins the mixture")
     reward: Annotated[Part, InSlot("reward")] | None = Field(
         None, description="what scores held-out completions; null: the reward with the task's name"
     )

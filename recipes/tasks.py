@@ -104,12 +104,13 @@ def arithmetic(
     level: Literal["easy", "medium", "hard", "mixed"] = "mixed",
     operations: tuple[int, int] | None = None,
     operators: str = "+-",
+    largest: int = 3,
 ) -> Rows:
-    """Chains of operations over single digits modulo 10; the trace has one line an operation.
+    """Chains of operations with operands 0..`largest` modulo 10; the trace has one line an operation.
 
-    Prompt `7 a+8 b-3`: start at 7, then apply the lettered operations in order, each result modulo 10.
-    Trace `a+8=5` `b-3=2` and `#### 2`: every line repeats its
-    operation and gives the running value. `operations` (lowest, highest count) overrides `level`; `operators` are some of `+-*`.
+    Prompt `7 a+2 b-3`: start at 7, then apply the lettered operations in order, each result modulo 10.
+    Trace `a+2=9` `b-3=6` and `#### 6`: every line repeats its operation and gives the running value.
+    `operations` (lowest, highest count) overrides `level`; `operators` are some of `+-*`.
     """
     if operations is not None:
         low, high = operations
@@ -119,6 +120,8 @@ def arithmetic(
         levels = ARITHMETIC_LEVELS.values() if level == "mixed" else [ARITHMETIC_LEVELS[level]]
         low, high = min(a for a, _ in levels), max(b for _, b in levels)
 
+    if not 1 <= largest <= 9:
+        raise RecipeError(f"task.largest: {largest} must lie between 1 and 9, operands are single digits.")
     if not operators or set(operators) - set("+-*"):
         raise RecipeError(f"task.operators: '{operators}' must be some of + - *.")
 
@@ -126,7 +129,7 @@ def arithmetic(
         value = rng.randrange(10)
         prompt, trace = [str(value)], []
         for letter in "abcdefghijklmnopqrstuvwxyz"[: rng.randint(low, high)]:
-            operator, operand = rng.choice(operators), rng.randrange(10)
+            operator, operand = rng.choice(operators), rng.randint(0, largest)
             result = {"+": value + operand, "-": value - operand, "*": value * operand}[operator] % 10
             prompt.append(f"{letter}{operator}{operand}")
             trace.append(f"{letter}{operator}{operand}={result}")
@@ -151,8 +154,8 @@ def countdown(
 ) -> Rows:
     """Reach a target with +, -, *, / from `numbers` numbers, each used exactly once.
 
-    Prompt `3 5 8 -> 19`, trace `8*3=24` `24-5=19`, answer `#### 8*3-5`; the numbers are sorted. Intermediate results are positive
-    integers of at most `largest_target`.
+    Prompt `3 5 8 -> 19`, trace `8*3=24` `24-5=19`, answer `#### 8*3-5`; the numbers are sorted. Intermediate
+    results are positive integers of at most `largest_target`.
     """
     if not 2 <= numbers[0] <= numbers[1] <= 6:
         raise RecipeError(f"task.numbers: {list(numbers)} must satisfy 2 <= low <= high <= 6.")
@@ -258,7 +261,9 @@ def sudoku(split: Split, *, seed: int = 0, clues: tuple[int, int] = (6, 12)) -> 
 
 
 @task.register
-def jsonl(split: Split, *, path: str, seed: int = 0, prompt_column: str = "prompt", heldout_path: str | None = None) -> Rows:
+def jsonl(
+    split: Split, *, path: str, seed: int = 0, prompt_column: str = "prompt", heldout_path: str | None = None
+) -> Rows:
     """Rows of a JSON-lines file; without `heldout_path` the file is split by a hash of the prompt."""
     source = Path(heldout_path if heldout_path and split == "heldout" else path).expanduser()
     if not source.is_file():

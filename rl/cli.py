@@ -62,6 +62,14 @@ def _load(target: str, overrides: list[str], kind: str) -> Any:
     return recipe
 
 
+def _check_launch(recipe: Any, nproc: int) -> None:
+    """Check data and number of processes, before the import of what reads weights makes the user wait."""
+    from ..recipes.crosschecks import check_data, check_world
+
+    check_world(recipe, nproc)
+    check_data(recipe)
+
+
 def _check_output(path: Path | None) -> None:
     """Refuse a result file that cannot be written, before the work and not after it."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
@@ -94,11 +102,9 @@ def train(
     target, overrides = _one_target(arguments, otherwise=resume)
     _check_output(json_file)
     recipe = _load(target, overrides, "rl")
-    from ..recipes.crosschecks import check_data, check_world
+    _check_launch(recipe, nproc)
     from . import run
 
-    check_world(recipe, nproc)
-    check_data(recipe)
     _write_json(json_file, run.train(recipe, nproc=nproc, resume=resume))
 
 
@@ -110,11 +116,9 @@ def sft(
     target, overrides = _one_target(arguments, otherwise=resume)
     _check_output(json_file)
     recipe = _load(target, overrides, "sft")
-    from ..recipes.crosschecks import check_data, check_world
+    _check_launch(recipe, nproc)
     from . import run
 
-    check_world(recipe, nproc)
-    check_data(recipe)
     _write_json(json_file, run.sft(recipe, nproc=nproc, resume=resume))
 
 

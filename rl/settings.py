@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import yaml
 
 
 def device_of(name: str) -> str:
@@ -19,11 +18,6 @@ def device_of(name: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "cpu"
-
-
-def dump(recipe: Any) -> str:
-    """Return a recipe as YAML, every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
 def cpu_backend(device: str) -> str | None:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from ..policies.denoiser import Denoiser
 from ..policies.tokenizers import completion_ids, prompt_ids
 from ..recipes.tasks import Rows
 from ..rollouts.noise import generator
-from .distributed import reduce_gradients
+from .distributed import rank, reduce_gradients, world_size
 from .optimizers import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -26,12 +26,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """One task of a mixture: its rows, its share of the batches, and the canvas its completions are padded to."""
+    """One task of a mixture: its rows, its share of the batches, and the canvas its completions are padded to.
+
+    It joins after the share `start` of the steps: lookups and tables that take thousands of steps to emerge from long
+    problems are learned from short ones in hundreds.
+    """
 
     name: str
     rows: Rows
     weight: float
     canvas: int
+    start: float = 0.0
 
 
 def corrupt(
@@ -80,7 +85,8 @@ class SftBatches(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = random.Random(f"sft/{self.seed}/{index}")
-        source = rng.choices(self.sources, [s.weight for s in self.sources])[0]
+        joined = [source for source in self.sources if source.start * self.steps <= index]
+        source = rng.choices(joined, [s.weight for s in joined])[0]
         rows = [source.rows.row(index * self.batch + offset) for offset in range(self.batch)]
         # Short canvases are cheaper, full ones teach where EOS padding goes; the model must know both.
         canvas = source.canvas if rng.random() < self.full_canvas else None
@@ -126,6 +132,12 @@ class SftTrainer(Trainer):
         super().__init__(model=denoiser.model, data_collator=only_item, **kwargs)
         self.denoiser, self.optim = denoiser, optim
         self.model_accepts_loss_kwargs = False
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return this rank's batches in their order, which a curriculum needs (Trainer would shuffle them)."""
+        batches: Any = self.train_dataset
+        mine = Subset(batches, range(rank(), len(batches), world_size()))
+        return DataLoader(mine, batch_size=1, collate_fn=only_item)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the recipe's optimizer once."""

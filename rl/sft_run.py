@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..policies.denoiser import Denoiser, load_denoiser, new_denoiser
+from ..recipes.loading import dump_recipe
 from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import SftRecipe
 from ..rewards import build_rewards, score
@@ -17,7 +19,7 @@ from ..rollouts.worker import RolloutWorker
 from .distributed import rank, world_size
 from .evaluate import Evaluation, evaluate, heldout_rows
 from .runfolder import manifest, run_folder, write_atomically, write_json
-from .settings import cpu_backend, device_of, dump
+from .settings import cpu_backend, device_of
 from .sft import SftBatches, SftTrainer, Source
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ def sources(recipe: SftRecipe) -> list[Source]:
             rows=SLOTS["task"].build(entry.task)("train", seed=recipe.run.seed),
             weight=entry.weight,
             canvas=entry.canvas,
+            start=entry.start,
         )
         for entry in recipe.tasks
     ]
@@ -63,8 +66,8 @@ def label(choice: dict[str, Any]) -> str:
 def evaluate_tasks(recipe: SftRecipe, denoiser: Denoiser, problems: int) -> dict[str, Evaluation]:
     """Return held-out results by task at the recipe's evaluation decoding."""
     sampler = build_sampler(recipe.evaluation.sampler.model_dump(), temperature=recipe.evaluation.temperature)
-    results = {}
-    for entry in recipe.tasks:
+    results: dict[str, Evaluation] = {}
+    for index, entry in enumerate(recipe.tasks):
         rewards = build_rewards([entry.reward or {"name": entry.task["name"]}])
         rows = heldout_rows(SLOTS["task"].build(entry.task)("heldout", seed=0), problems)
         worker = RolloutWorker(
@@ -77,7 +80,8 @@ def evaluate_tasks(recipe: SftRecipe, denoiser: Denoiser, problems: int) -> dict
             prompt_limit=10**6,
             seed=0,
         )
-        results[label(entry.task)] = evaluate(worker, rows)
+        name = label(entry.task)
+        results[f"{name}-{index}" if name in results else name] = evaluate(worker, rows)
     return results
 
 
@@ -122,15 +126,26 @@ def training_arguments(recipe: SftRecipe, folder: Path) -> TrainingArguments:
     )
 
 
-def sft(recipe: SftRecipe, *, resume: str | None = None) -> dict[str, Any]:
+def last_checkpoint(resume: Path) -> str:
+    """Return the checkpoint that `resume`, a run's folder or a checkpoint, names; RecipeError when there is none."""
+    if resume.name.startswith("checkpoint-") and resume.is_dir():
+        return str(resume)
+    found = get_last_checkpoint(str(resume / "checkpoints")) if (resume / "checkpoints").is_dir() else None
+    if found is None:
+        raise RecipeError(f"--resume: '{resume}' holds no checkpoint; set run.save_every, or start anew.")
+    return found
+
+
+def sft(recipe: SftRecipe, *, resume: Path | None = None) -> dict[str, Any]:
     """Train, evaluate and save a recipe's denoiser; return the summary that `summary.json` holds."""
+    checkpoint = None if resume is None else last_checkpoint(resume)
     folder = run_folder(recipe)
     if recipe.sft.batch % world_size():
         raise RecipeError(f"sft.batch: {recipe.sft.batch} does not divide among {world_size()} ranks.")
     denoiser = build_model(recipe)
     arguments = training_arguments(recipe, folder)
     if rank() == 0:
-        write_atomically(folder / "recipe.yaml", dump(recipe))
+        write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
     trainer = SftTrainer(
         denoiser,
         optim={
@@ -153,7 +168,7 @@ def sft(recipe: SftRecipe, *, resume: str | None = None) -> dict[str, Any]:
         ),
         callbacks=[EvaluationCallback(recipe, denoiser)],
     )
-    output = trainer.train(resume_from_checkpoint=resume)
+    output = trainer.train(resume_from_checkpoint=checkpoint)
     denoiser.model.eval()
     results = evaluate_tasks(recipe, denoiser, recipe.evaluation.problems)
     summary = {
@@ -166,7 +181,9 @@ def sft(recipe: SftRecipe, *, resume: str | None = None) -> dict[str, Any]:
     if rank() == 0:
         denoiser.save(folder / "model")
         seeds = {"run": recipe.run.seed}
-        record = manifest(device=denoiser.device, dtype=recipe.model.dtype, seeds=seeds, recipe=dump(recipe), **summary)
+        record = manifest(
+            device=denoiser.device, dtype=recipe.model.dtype, seeds=seeds, recipe=dump_recipe(recipe), **summary
+        )
         write_json(folder / "model" / "manifest.json", record)
         write_json(folder / "summary.json", summary)
     return summary

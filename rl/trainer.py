@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ CJ_GRPO = {
 
 
 class UnmaskTrainer(Trainer):
-    """Trains a denoiser on the trajectories it samples; constructor and argument names are those of TRL's GRPOTrainer.
+    """Trains a denoiser on the trajectories it samples; constructor and arguments are named as in TRL's GRPOTrainer.
 
     `model` is a Denoiser, a model folder, a hub id or `unmask:tiny`; `reward_funcs` are names, TRL reward functions or
     Rewards; datasets are sequences of rows with a `prompt` (or task Rows). A `peft_config` without target modules
@@ -178,6 +177,10 @@ class UnmaskTrainer(Trainer):
     def _score(self, rows: Any, prompts: Any, completions: Any, completion_ids: Any) -> RewardTable:
         return score(self.rewards, rows, prompts, completions, completion_ids, trainer_state=self.state)
 
+    def _score(self, rows: Any, prompts: Any, completions: Any, completion_ids: Any) -> RewardTable:
+        """Score a batch; reward functions see the Trainer's state, as TRL's do."""
+        return score(self.rewards, rows, prompts, completions, completion_ids, trainer_state=self.state)
+
     def get_train_dataloader(self) -> DataLoader:
         """Return step numbers; what a step trains on follows from its number, in every process and after a resume."""
         return DataLoader(range(self.args.max_steps), batch_size=1, collate_fn=_step_number)  # type: ignore[arg-type]
@@ -212,9 +215,9 @@ class UnmaskTrainer(Trainer):
 
     def _collect(self, step: int) -> RolloutBatch:
         """Return this rank's share of batch `step // num_iterations`."""
-        number, prompts = step // self.args.num_iterations, self.args.num_prompts // world_size()
+        number, prompts = step // self.config.num_iterations, self.config.num_prompts // world_size()
         first = rank() * prompts
-        rows = [self.rows.row(number * self.args.num_prompts + first + offset) for offset in range(prompts)]
+        rows = [self.rows.row(number * self.config.num_prompts + first + offset) for offset in range(prompts)]
         self.denoiser.model.eval()
         return self.worker.collect(rows, step=number, first_id=first)
 
@@ -336,5 +339,3 @@ def _check_group(group: int, advantage: Any) -> None:
 def _step_number(items: list[int]) -> dict[str, int]:
     (step,) = items
     return {"step": step}
-
-

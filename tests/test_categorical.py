@@ -45,6 +45,41 @@ def test_draws_follow_the_tempered_softmax(temperature: float) -> None:
         assert ((found_V - other_V).square() / other_V).sum().item() > 1000
 
 
+@pytest.mark.parametrize("vocabulary", [6, CHUNK, 3 * CHUNK])
+def test_draws_on_the_borders_between_tokens(vocabulary: int) -> None:
+    """n tokens of mass 1 between dead ones: u = i/n is exactly the end of token i - 1, so that token i is drawn."""
+    alive = torch.arange(1, vocabulary - 1, 3)
+    alive = alive[: 2 ** int(math.log2(len(alive)))]
+    logp_V = torch.full((vocabulary,), -torch.inf)
+    logp_V[alive] = 0.0
+    index_K = torch.arange(0, len(alive), max(1, len(alive) // 128))
+    index_K = torch.cat([index_K, torch.searchsorted(alive, torch.tensor([CHUNK - 1, CHUNK, 2 * CHUNK]))])
+    index_K = index_K[index_K < len(alive)]
+    for offset in (0.0, 0.5):
+        token_K = draw(logp_V.expand(len(index_K), -1), (index_K + offset).double() / len(alive))
+        assert torch.equal(token_K, alive[index_K])
+
+
+def test_draws_at_the_ends_stay_inside_the_vocabulary() -> None:
+    """Where the sums of a chunk in two orders differ in the last bit, the last likely token is drawn."""
+    logits_KV = logits(400, CHUNK - 7, 3.0)
+    logits_KV[:, -2:] = -torch.inf
+    logp_KV = log_probs(logits_KV)
+    assert (draw(logp_KV, torch.full((400,), LARGEST, dtype=torch.float64)) == CHUNK - 10).all()
+    assert (draw(logp_KV, torch.full((400,), SMALLEST, dtype=torch.float64)) == 0).all()
+
+
+def test_draws_are_exact_quantiles() -> None:
+    """At u = (i + 1/2) / N the first v of 300 tokens are drawn N F(v) times, up to one."""
+    count = 50_000
+    logits_V = logits(1, 300, 1.0)[0]
+    reach_V = logits_V.double().softmax(dim=0).cumsum(dim=0)
+    grid_K = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    token_K = draw(log_probs(logits_V[None]).expand(count, -1), grid_K)
+    drawn_V = torch.bincount(token_K, minlength=300).cumsum(dim=0)
+    assert (drawn_V - count * reach_V).abs().max().item() <= 1.1
+
+
 def test_draws_of_a_large_vocabulary_are_the_exact_quantiles() -> None:
     """At u = (i + 1/2) / N the first v tokens are drawn N F(v) times, up to one: bulk, tail and every chunk border."""
     vocabulary, count, rows = 100_000, 500, 100

@@ -75,6 +75,7 @@ def worst(found_BTV: Tensor, expected_BTV: Tensor, where_BT: Tensor | None = Non
 def test_golden_logits(attention: str | None) -> None:
     """Within 1e-4 of the vendor's forward, and with the wrong attention more than 0.5 away."""
     data, denoiser = golden(), load(attention=attention)
+    assert denoiser.model.config._attn_implementation == (attention or "sdpa")
     padding_BT = data["padding_mask"].bool()
     assert not padding_BT.all()
     assert worst(denoiser.logits(data["input_ids"]), data["logits"]) <= TOLERANCE
@@ -293,8 +294,9 @@ def test_an_mlp_width_of_null_is_the_ratio_times_the_width() -> None:
     assert config.intermediate_size == 4 * 4096
 
 
-def test_a_mask_id_given_by_hand_is_saved(tmp_path: Path) -> None:
-    denoiser = load(mask_token_id=379)
-    assert denoiser.family.mask_token_id == 379
+@pytest.mark.parametrize("mask_token_id", [0, 379])
+def test_a_mask_id_given_by_hand_is_saved(tmp_path: Path, mask_token_id: int) -> None:
+    denoiser = load(mask_token_id=mask_token_id)
+    assert denoiser.family.mask_token_id == mask_token_id
     denoiser.save(tmp_path)
-    assert load(tmp_path).family.mask_token_id == 379
+    assert load(tmp_path).family.mask_token_id == mask_token_id

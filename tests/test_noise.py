@@ -104,7 +104,8 @@ def test_a_number_depends_on_its_keys_alone() -> None:
     part = uniform(0, "draw", 0, rows[:, None], torch.tensor(3), torch.arange(256)[None])
     assert torch.equal(part, whole[rows, 3])
     assert uniform(0, "draw", 0, *keys(17, 3, 200)).item() == whole[17, 3, 200].item()
-    assert torch.equal(uniform(0, "draw", 0, torch.arange(4, dtype=torch.int32)), uniform(0, "draw", 0, torch.arange(4)))
+    small, large = torch.arange(4, dtype=torch.int32), torch.arange(4)
+    assert torch.equal(uniform(0, "draw", 0, small), uniform(0, "draw", 0, large))
 
 
 @pytest.mark.parametrize(("word", "value"), [(0, 2.0**-53), (-1, 1 - 2.0**-53)])

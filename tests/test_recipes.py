@@ -202,6 +202,12 @@ def test_the_evaluations_sampler_names_changes_only() -> None:
     assert base().evaluation.sampler is None
 
 
+def test_a_supervised_evaluation_names_changes_to_the_default_sampler() -> None:
+    recipe = load_recipe("tiny_sft", ["evaluation.sampler.schedule.per_step=4"])
+    assert isinstance(recipe, SftRecipe)
+    assert recipe.evaluation.sampler.schedule == {"name": "blocks", "size": 16, "per_step": 4, "steps": None}
+
+
 def test_a_method_given_by_override_replaces_the_files() -> None:
     assert base("method=trace_step").objective.unit == {"name": "step"}
 

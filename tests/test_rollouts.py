@@ -1,4 +1,4 @@
-"""Trajectories as data, by hand; and the worker: prompts, ids, decoding, and the same rollouts however work is split."""
+"""Trajectories as data, by hand; and the worker: prompts, ids, decoding, the same rollouts however work is split."""
 
 from __future__ import annotations
 
@@ -216,9 +216,23 @@ def test_a_batch_holds_what_was_asked_and_scored(model: Denoiser) -> None:
     assert batch.advantage_B is None
 
 
+class OftenEnds:
+    """A denoiser that likes EOS, so that rollouts end at different steps."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        self.inner, self.family = inner, inner.family
+
+    def logits(self, *arguments: Any, **options: Any) -> Tensor:
+        return self.inner.logits(*arguments, **options) + 4.0 * torch.nn.functional.one_hot(torch.tensor(EOS), 261)
+
+
 def test_metrics_are_means_over_the_batch(model: Denoiser) -> None:
-    batch = worker_of(model).collect(ROWS, step=0)
+    worker = worker_of(model)
+    worker.denoiser = OftenEnds(model)
+    batch = worker.collect(ROWS, step=0)
     t = batch.trajectory
+    assert len(set(t.steps_B.tolist())) > 1
+    assert (t.source_BL == PAD).any()
     assert batch.metrics["rollout/nfe"] == pytest.approx(sum(t.steps_B.tolist()) / 10)
     assert batch.metrics["rollout/length"] == pytest.approx(sum(map(len, batch.completion_ids)) / 10)
     assert batch.metrics["rollout/ended"] == sum(EOS in row for row in t.tokens_BL.tolist()) / 10

@@ -1,4 +1,4 @@
-"""`denoise` where things go wrong or are extreme, and the exact selection term of `sampled_confidence` by brute force."""
+"""`denoise` where things go wrong or are extreme; the exact selection term of `sampled_confidence` by brute force."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def hopeless(logp_KV: Tensor, position_K: Tensor, noise_K: Tensor) -> Tensor:
     ids=lambda parts: "+".join(f.__name__ for f in parts.values()),
 )
 def test_the_engine_bounds_what_a_users_part_may_do(parts: dict) -> None:
-    """Empty windows, windows and choices over decided tokens, empty choices, scores of -inf: it ends, none is redone."""
+    """Empty windows, windows and choices over decided tokens, empty choices, scores of -inf: it ends."""
     sampler = replace(sampler_of(eos={"rule": "none"}), **parts)
     trajectory = run(Fixed(torch.randn(L, V, generator=torch.Generator().manual_seed(0))), sampler, given={1: 3, 4: 0})
     trajectory.validate()
@@ -193,7 +193,7 @@ def test_progress_is_reported_after_each_step() -> None:
 def choice_by_enumeration(
     logits_LV: Tensor, open_positions: list[int], taken: dict[int, int], temperature: float, score_temperature: float
 ) -> float:
-    """Return log P(positions | tokens): the mass of all draws that commit exactly `taken`, over its tokens' own mass."""
+    """Return log P(positions | tokens): the mass of all draws that commit just `taken`, over its tokens' own mass."""
     logits_LV = logits_LV.double()[:, :MASK]
     q_LV = (logits_LV / temperature).softmax(dim=1).tolist()
     p_LV = (logits_LV / score_temperature).softmax(dim=1).tolist()
@@ -209,7 +209,7 @@ def choice_by_enumeration(
 @pytest.mark.parametrize(("temperature", "score_temperature"), [(1.0, 1.0), (0.6, 1.2), (1.5, 0.7)])
 @pytest.mark.parametrize("ties", [False, True])
 def test_choices_equal_brute_force(temperature: float, score_temperature: float, ties: bool) -> None:
-    """5 positions x 5 tokens in steps of 2, 2, 1; with `ties`, positions share their logits, so that bars are met."""
+    """5 positions x 5 tokens in steps of 2, 2, 1; with `ties` positions share their logits, and bars are met."""
     logits_LV = 1.5 * torch.randn(5, V, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     if ties:
         logits_LV[2] = logits_LV[3] = logits_LV[0]
@@ -246,7 +246,7 @@ def test_the_naive_variant_records_the_same_tokens_and_no_choice() -> None:
 
 
 def test_sampled_confidence_commits_the_likeliest_drawn_tokens() -> None:
-    """The committed tokens' probabilities at the score's temperature are the largest of all drawn ones, in rank order."""
+    """The committed tokens have the largest probabilities of all drawn ones, in the order of their ranks."""
     logits_LV = torch.randn(L, V, generator=torch.Generator().manual_seed(6))
     full = run(Fixed(logits_LV), sampler_of("sampled_confidence", steps=1, eos={"rule": "none"}), rows=20)
     part = run(Fixed(logits_LV), sampler_of("sampled_confidence", steps=2, eos={"rule": "none"}), rows=20)

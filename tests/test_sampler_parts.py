@@ -53,6 +53,8 @@ def test_uniform_catches_up_with_a_selection_that_took_more() -> None:
     schedule = SLOTS["schedule"].build({"name": "uniform", "steps": 4})
     masked_BL = torch.tensor([[False] * 5 + [True] * 3])
     assert schedule(masked_BL, torch.tensor([1]), torch.tensor([8])).count_B.tolist() == [1]
+    for late in (3, 4, 9):
+        assert schedule(masked_BL, torch.tensor([late]), torch.tensor([8])).count_B.tolist() == [3]
 
 
 @pytest.mark.parametrize(
@@ -81,8 +83,8 @@ def test_totals_equal_the_masks(name: str) -> None:
 
 
 def test_cosine_plans_by_the_masks_at_the_start() -> None:
-    """4 of 8 positions are given: the plan is that of 4, floor(4 cos) = 3, 2, 1, 0, not that of 8."""
-    assert counts({"name": "cosine", "steps": 4}, 4, 8) == [1, 1, 1, 1]
+    """4 of 8 positions are given: floor(4 cos(pi/4)) = 2 stay after the first of two steps, not floor(8 cos(pi/4))."""
+    assert counts({"name": "cosine", "steps": 2}, 4, 8) == [2, 2]
 
 
 def test_blocks_by_tokens_a_step() -> None:
@@ -111,12 +113,12 @@ def test_blocks_with_given_tokens() -> None:
 def test_blocks_totals(size: int) -> None:
     for per_step in range(1, size + 1):
         found = commits({"name": "blocks", "size": size, "per_step": per_step}, [MASK] * 12)
-        assert sorted(sum(found, [])) == list(range(12))
+        assert sorted(itertools.chain(*found)) == list(range(12))
         assert len(found) == 12 // size * math.ceil(size / per_step)
     blocks = 12 // size
     for steps in range(blocks, 13, blocks):
         found = commits({"name": "blocks", "size": size, "steps": steps}, [MASK] * 12)
-        assert sorted(sum(found, [])) == list(range(12))
+        assert sorted(itertools.chain(*found)) == list(range(12))
         assert len(found) == steps
 
 
@@ -193,13 +195,17 @@ def test_other_scores() -> None:
     assert scored("left_to_right", logits_KV).tolist() == [0.0, -3.0, -6.0]
 
 
-@pytest.mark.parametrize("name", ["confidence", "margin"])
-def test_scores_do_not_tie_among_confident_positions(name: str) -> None:
-    """Leads of 14 ... 60 nats: fp32 probabilities are 1 from 17 on, the scores still rise."""
+@pytest.mark.parametrize(("name", "others"), [("confidence", 11), ("margin", 12)])
+def test_scores_do_not_tie_among_confident_positions(name: str, others: int) -> None:
+    """Leads of 14 ... 60 nats over 11 tokens: fp32 probabilities are 1 from 17 on, the scores are still precise.
+
+    log p_1 and log (p_1 - p_2) are -11 and -12 exp(-lead) there.
+    """
     lead_K = torch.arange(14.0, 60.0)
     logits_KV = torch.zeros(len(lead_K), 12)
     logits_KV[:, 7] = lead_K
-    assert (scored(name, logits_KV).diff() > 0).all()
+    expected_K = -others * torch.exp(-lead_K.double())
+    torch.testing.assert_close(scored(name, logits_KV).double(), expected_K, rtol=1e-4, atol=0)
 
 
 def test_margin_of_a_tie_is_finite_and_lowest() -> None:
