@@ -240,7 +240,7 @@ def sft(recipe: SftRecipe, *, nproc: int = 1, resume: Path | None = None) -> dic
         from .launch import launch
 
         return launch(recipe, nproc, resume)
-    summary = sft_run.sft(recipe, resume=None if resume is None else str(sft_checkpoint(resume)))
+    summary = sft_run.sft(recipe, resume=None if resume is None else sft_checkpoint(resume))
     if rank() == 0:
         folder = run_folder(recipe)
         title = f"{recipe.name}: {summary['wall_s'] / 60:.1f} minutes"

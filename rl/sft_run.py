@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..policies.denoiser import Denoiser, load_denoiser, new_denoiser
 from ..recipes.loading import dump_recipe
@@ -126,19 +125,12 @@ def training_arguments(recipe: SftRecipe, folder: Path) -> TrainingArguments:
     )
 
 
-def last_checkpoint(resume: Path) -> str:
-    """Return the checkpoint that `resume`, a run's folder or a checkpoint, names; RecipeError when there is none."""
-    if resume.name.startswith("checkpoint-") and resume.is_dir():
-        return str(resume)
-    found = get_last_checkpoint(str(resume / "checkpoints")) if (resume / "checkpoints").is_dir() else None
-    if found is None:
-        raise RecipeError(f"--resume: '{resume}' holds no checkpoint; set run.save_every, or start anew.")
-    return found
-
-
 def sft(recipe: SftRecipe, *, resume: Path | None = None) -> dict[str, Any]:
-    """Train, evaluate and save a recipe's denoiser; return the summary that `summary.json` holds."""
-    checkpoint = None if resume is None else last_checkpoint(resume)
+    """Train, evaluate and save a recipe's denoiser; return the summary that `summary.json` holds.
+
+    `resume` is a checkpoint folder of the same run.
+    """
+    checkpoint = None if resume is None else str(resume)
     folder = run_folder(recipe)
     if recipe.sft.batch % world_size():
         raise RecipeError(f"sft.batch: {recipe.sft.batch} does not divide among {world_size()} ranks.")
