@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,7 @@ class UnmaskTrainer(Trainer):
     `model` is a Denoiser, a model folder, a hub id or `unmask:tiny`; `reward_funcs` are names, TRL reward functions or
     Rewards; datasets are sequences of rows with a `prompt` (or task Rows). A `peft_config` without target modules
     adapts the family's linear layers. `sampler` (at the temperature of `args`), `objective` and `advantage` default to
-    blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean. One `training_step` is one optimizer step.
-    Raises ValueErrors that name value, rule and remedy.
+    blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean. One `training_step` is one step.
     """
 
     args: UnmaskConfig
@@ -113,8 +113,7 @@ class UnmaskTrainer(Trainer):
         # The plan in flight; the checkpoint that `train` resumes from; whether it has been read.
         self.plan: Plan | None = None
         self.checkpoint: Path | None = None
-        self.begun = False
-        self._metrics: dict[str, float] = {}
+        self.begun, self._metrics = False, dict[str, float]()
         super().__init__(
             model=denoiser.model,
             args=args,
@@ -177,10 +176,6 @@ class UnmaskTrainer(Trainer):
     def _score(self, rows: Any, prompts: Any, completions: Any, completion_ids: Any) -> RewardTable:
         return score(self.rewards, rows, prompts, completions, completion_ids, trainer_state=self.state)
 
-    def _score(self, rows: Any, prompts: Any, completions: Any, completion_ids: Any) -> RewardTable:
-        """Score a batch; reward functions see the Trainer's state, as TRL's do."""
-        return score(self.rewards, rows, prompts, completions, completion_ids, trainer_state=self.state)
-
     def get_train_dataloader(self) -> DataLoader:
         """Return step numbers; what a step trains on follows from its number, in every process and after a resume."""
         return DataLoader(range(self.args.max_steps), batch_size=1, collate_fn=_step_number)  # type: ignore[arg-type]
@@ -215,9 +210,9 @@ class UnmaskTrainer(Trainer):
 
     def _collect(self, step: int) -> RolloutBatch:
         """Return this rank's share of batch `step // num_iterations`."""
-        number, prompts = step // self.config.num_iterations, self.config.num_prompts // world_size()
+        number, prompts = step // self.args.num_iterations, self.args.num_prompts // world_size()
         first = rank() * prompts
-        rows = [self.rows.row(number * self.config.num_prompts + first + offset) for offset in range(prompts)]
+        rows = [self.rows.row(number * self.args.num_prompts + first + offset) for offset in range(prompts)]
         self.denoiser.model.eval()
         return self.worker.collect(rows, step=number, first_id=first)
 

@@ -100,9 +100,7 @@ FILES: list[tuple[str, Callable[[Path], Any], str]] = [
     ),
     (
         "transposed tensor",
-        lambda p: weights(
-            p, lambda s: s.update({"model.transformer.blocks.0.up_proj.weight": torch.zeros(64, 112)})
-        ),
+        lambda p: weights(p, lambda s: s.update({"model.transformer.blocks.0.up_proj.weight": torch.zeros(64, 112)})),
         r"blocks.0.up_proj.weight' has shape \(64, 112\), config.json says \(112, 64\)",
     ),
     (

@@ -159,6 +159,8 @@ def test_llada_template_marks_what_the_assistant_says(llada_tokenizer) -> None:
     encoded = llada_tokenizer.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
     said = [i for i, m in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if m]
     assert llada_tokenizer.decode(said) == "2<|eot_id|>"
+    untidy = [{**message, "content": f" {message['content']}\n"} for message in TALK]
+    assert llada_tokenizer.apply_chat_template(untidy, tokenize=False) == LLADA_TEXT
 
 
 # --- New denoisers ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from unmask.policies.denoiser import Denoiser, new_denoiser
 from unmask.policies.tokenizers import byte_tokenizer
+from unmask.rl import sft
 from unmask.rl.sft import SftBatches, SftTrainer, Source, corrupt, only_item
 
 MASK, EOS = 257, 256
@@ -94,7 +95,7 @@ def test_both_estimate_the_same_integral(mask: str) -> None:
 
 
 class Rows:
-    """Row i asks for a letter i times."""
+    """Row i asks for a letter 1 to 5 times, in prompts of 2 to 4 characters."""
 
     size = None
 
@@ -103,7 +104,7 @@ class Rows:
 
     def row(self, index: int) -> dict[str, str]:
         count = 1 + index % 5
-        return {"prompt": f"{count}{self.letter}", "reference": self.letter * count}
+        return {"prompt": f"{count}{self.letter}{' ' * (index % 3)}", "reference": self.letter * count}
 
 
 def batches(**changes: Any) -> SftBatches:
@@ -130,6 +131,7 @@ def test_a_batch_is_prompt_completion_and_eos_padding() -> None:
         assert scored_BT.any(1).all()
         letter = "a" if ord("a") in ids_BT[0].tolist() else "b"
         lengths = set()
+        assert not padding_BT.all(), "prompts have different lengths"
         for b in range(4):
             row = Rows(letter).row(index * 4 + b)
             prompt = [259, *row["prompt"].encode(), 260]
@@ -179,6 +181,22 @@ def test_batches_depend_on_their_index_and_seed_alone() -> None:
     assert len(one) == 30
 
 
+def test_each_batch_has_its_own_corruption() -> None:
+    """Hidden sets of equal batches at different indices: no two alike, and an item is not a function of its rows."""
+    data = batches()
+    rows = [data.sources[0].rows.row(i) for i in range(4)]
+    hidden = [data.collate(rows, 10, index)["scored"] for index in range(8)]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(hidden, 2))
+
+
+def test_tasks_join_at_their_share_of_the_steps() -> None:
+    late = [Source("a", Rows("a"), 1.0, 10), Source("b", Rows("b"), 50.0, 8, start=0.4)]
+    data = batches(sources=late, steps=20)
+    letters = ["a" if (clean(data[index]) == ord("a")).any() else "b" for index in range(20)]
+    assert letters[:8] == ["a"] * 8
+    assert letters[8:].count("b") >= 10
+
+
 def test_tasks_come_by_weight_and_canvases_by_share() -> None:
     data = batches(steps=300, full_canvas=0.25)
     found = [clean(data[index]) for index in range(300)]
@@ -188,12 +206,13 @@ def test_tasks_come_by_weight_and_canvases_by_share() -> None:
         item = batches(full_canvas=weight)[0]
         letter = "a" if (clean(item) == ord("a")).any() else "b"
         full = {"a": 10, "b": 8}[letter]
-        assert (item["input_ids"].shape[1] == 4 + full) is width, "2 characters between role tokens, then the canvas"
+        # Prompts of up to 4 characters between 2 role tokens, then 5 tokens (4 letters and EOS) or the canvas.
+        assert item["input_ids"].shape[1] == 6 + (full if width else 5)
 
 
 def test_a_completion_longer_than_its_canvas_is_refused() -> None:
     data = batches(sources=[Source("a", Rows("a"), 1.0, 5)], full_canvas=1.0)
-    assert data[0]["input_ids"].shape[1] == 4 + 5
+    assert data[0]["input_ids"].shape[1] == 6 + 5
     with pytest.raises(ValueError, match=r"sft: a completion has 6 tokens, the canvas 5; raise tasks\[\].canvas"):
         data[1]
 
@@ -295,6 +314,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, name: str) -> No
         runs.append(denoiser.model.state_dict())
     for key, value in runs[0].items():
         assert torch.equal(value, runs[1][key]), key
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_batches_are_trained_in_order_each_by_one_rank(
+    tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, seen = batches(steps=6), []
+    monkeypatch.setattr(SftBatches, "__getitem__", lambda self, index: seen.append(int(index)) or {})
+    monkeypatch.setattr(sft, "world_size", lambda: ranks)
+    for rank in range(ranks):
+        monkeypatch.setattr(sft, "rank", lambda rank=rank: rank)
+        list(trainer(new_denoiser(**SIZE), tmp_path, data, optim={"lr": 1e-3}).get_train_dataloader())
+    assert seen == [i for rank in range(ranks) for i in range(rank, 6, ranks)]
 
 
 def test_an_item_is_a_batch() -> None:

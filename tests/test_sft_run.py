@@ -13,6 +13,7 @@ from unmask.policies.denoiser import load_denoiser
 from unmask.recipes.loading import parse_recipe
 from unmask.recipes.registry import RecipeError
 from unmask.rl import sft_run
+from unmask.rl.sft import SftTrainer
 from unmask.rl.sft_run import build_model, evaluate_tasks, label, sft, sources
 
 RECIPE = """
@@ -62,13 +63,18 @@ def test_tasks_of_one_name_keep_their_own_results(tmp_path: Path) -> None:
     assert list(results) == ["arithmetic/easy", "arithmetic/easy-1"]
 
 
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
-    """The checkpoint at step 2 of a whole run, taken up again."""
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint at step 2 of 4, taken up again: two steps more, and the same bytes."""
+    steps: list[int] = []
+    original = SftTrainer.training_step
+    monkeypatch.setattr(SftTrainer, "training_step", lambda self, *a: steps.append(1) or original(self, *a))
     sft(recipe(tmp_path, "run.save_every=2"))
     model = tmp_path / "small" / "model"
     whole = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").unlink()
-    sft(recipe(tmp_path, "run.save_every=2"), resume=str(tmp_path / "small" / "checkpoints" / "checkpoint-2"))
+    assert len(steps) == 4
+    sft(recipe(tmp_path, "run.save_every=2"), resume=tmp_path / "small" / "checkpoints" / "checkpoint-2")
+    assert len(steps) == 6
     assert (model / "model.safetensors").read_bytes() == whole
 
 
@@ -79,6 +85,7 @@ def test_a_saved_model_can_be_trained_on(tmp_path: Path) -> None:
     loaded = build_model(section)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
     assert torch.equal(loaded.model.lm_head.weight, denoiser.model.lm_head.weight.bfloat16())
+    assert not torch.equal(denoiser.model.lm_head.weight, build_model(recipe(tmp_path)).model.lm_head.weight)
 
 
 def test_sources_and_their_names(tmp_path: Path) -> None:

@@ -60,7 +60,10 @@ def test_a_run_leaves_everything_there_is_to_read(model: Path, capfd: pytest.Cap
     check_metrics(folder)
     check_rollouts(folder)
     assert shortrun.checkpoints(folder) == ["checkpoint-2", "checkpoint-4"]
-    assert {path.name for path in (folder / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (folder / "adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     hidden = [path.name for path in folder.rglob(".*")]
     assert not hidden, "temporary files are left"
 
@@ -72,7 +75,9 @@ def check_manifest(manifest: dict) -> None:
         return value is None or value == ""
 
     assert not {key for key, value in manifest.items() if empty(value)}
-    wanted = {"git_commit", "versions", "device", "device_name", "dtype", "seeds", "command", "python", "ranks", "model"}
+    wanted = set(
+        ["git_commit", "versions", "device", "device_name", "dtype", "seeds", "command", "python", "ranks", "model"]
+    )
     assert wanted <= manifest.keys() and manifest["versions"]["torch"].startswith(torch.__version__.split("+")[0])
 
 
