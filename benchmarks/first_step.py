@@ -17,10 +17,9 @@ from torch import Tensor
 import unmask.recipes.tasks  # noqa: F401 (registers the tasks)
 from unmask.policies.denoiser import load_denoiser
 from unmask.recipes.registry import SLOTS
-from unmask.rewards import build_rewards
+from unmask.rewards import build_rewards, score
 from unmask.rl.advantages import group_mean
 from unmask.rl.objective import build_objective
-from unmask.rl.trainer import score_batch
 from unmask.rollouts.sampler import build_sampler
 from unmask.rollouts.worker import RolloutWorker
 
@@ -58,7 +57,7 @@ def main() -> None:
     for selection in SELECTIONS:
         section = {"schedule": {"name": "blocks", "size": 16, "per_step": 4}, "selection": selection}
         sampler, witness = build_sampler(section), Witness(denoiser, 64)
-        scorer = partial(score_batch, build_rewards(["arithmetic"]))
+        scorer = partial(score, build_rewards(["arithmetic"]))
         worker = RolloutWorker(witness, denoiser.tokenizer, sampler, scorer, 4, 64, 10**6, seed=0)
         batch = worker.collect(rows, step=0)
         trajectory = batch.trajectory

@@ -14,9 +14,8 @@ from common import save
 import unmask.recipes.tasks  # noqa: F401 (registers the tasks)
 from unmask.policies.denoiser import load_denoiser
 from unmask.recipes.registry import SLOTS
-from unmask.rewards import build_rewards
+from unmask.rewards import build_rewards, score
 from unmask.rl.evaluate import evaluate, heldout_rows
-from unmask.rl.trainer import score_batch
 from unmask.rollouts.sampler import build_sampler
 from unmask.rollouts.worker import RolloutWorker
 
@@ -43,15 +42,15 @@ def main() -> None:
     table = []
     for task, knobs, canvas in CASES:
         rows = heldout_rows(SLOTS["task"].build({"name": task, **knobs})("heldout", seed=0), arguments.problems)
-        for schedule, score in DECODING:
-            sampler = build_sampler({"schedule": schedule, "score": score}, temperature=0.0)
-            scorer = partial(score_batch, build_rewards([task]))
+        for schedule, ranking in DECODING:
+            sampler = build_sampler({"schedule": schedule, "score": ranking}, temperature=0.0)
+            scorer = partial(score, build_rewards([task]))
             worker = RolloutWorker(denoiser, denoiser.tokenizer, sampler, scorer, 1, canvas, 10**6, seed=0)
             found = evaluate(worker, rows).as_dict()
-            table.append({"task": task, **knobs, "schedule": schedule, "score": score, "canvas": canvas, **found})
+            table.append({"task": task, **knobs, "schedule": schedule, "score": ranking, "canvas": canvas, **found})
             decoding = " ".join(str(value) for value in schedule.values())
             print(
-                f"{task:10} {knobs!s:22} {decoding:12} {score:10} exact {found['exact']:.3f} ± {found['stderr']:.3f} "
+                f"{task:10} {knobs!s:22} {decoding:12} {ranking:10} exact {found['exact']:.3f} ± {found['stderr']:.3f} "
                 f"NFE {found['nfe']:.1f} length {found['length']:.1f}",
                 flush=True,
             )
