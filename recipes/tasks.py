@@ -151,8 +151,9 @@ def countdown(
     numbers: tuple[int, int] = (3, 4),
     largest: int = 15,
     largest_target: int = 99,
+    operators: str = "+-*/",
 ) -> Rows:
-    """Reach a target with +, -, *, / from `numbers` numbers, each used exactly once.
+    """Reach a target with `operators`, some of `+-*/`, from `numbers` numbers in 1..`largest`, each used exactly once.
 
     Prompt `3 5 8 -> 19`, trace `8*3=24` `24-5=19`, answer `#### 8*3-5`; the numbers are sorted. Intermediate
     results are positive integers of at most `largest_target`.
@@ -161,12 +162,14 @@ def countdown(
         raise RecipeError(f"task.numbers: {list(numbers)} must satisfy 2 <= low <= high <= 6.")
     if largest < 2 or largest_target < 2:
         raise RecipeError("task: largest and largest_target must be at least 2.")
+    if not operators or set(operators) - set("+-*/"):
+        raise RecipeError(f"task.operators: '{operators}' must be some of + - * /.")
 
     def make(rng: random.Random) -> Row:
         while True:
             # Sorted, so that the same numbers in another order are the same problem to `split_of`.
             start = sorted(rng.randint(1, largest) for _ in range(rng.randint(*numbers)))
-            solved = _countdown_walk(start, largest_target, rng)
+            solved = _countdown_walk(start, largest_target, operators, rng)
             if solved is None:
                 continue
             trace, expression, target = solved
@@ -180,7 +183,9 @@ def countdown(
     return Generated(make, split, seed)
 
 
-def _countdown_walk(start: list[int], ceiling: int, rng: random.Random) -> tuple[list[str], str, int] | None:
+def _countdown_walk(
+    start: list[int], ceiling: int, operators: str, rng: random.Random
+) -> tuple[list[str], str, int] | None:
     """Combine all numbers by random allowed operations; None when a step leaves the allowed range."""
     items = [(value, str(value), 3) for value in start]  # value, text, precedence of its outermost operator
     trace = []
@@ -189,7 +194,7 @@ def _countdown_walk(start: list[int], ceiling: int, rng: random.Random) -> tuple
         second = items.pop(rng.randrange(len(items)))
         (a, a_text, a_rank), (b, b_text, b_rank) = sorted((first, second), key=lambda item: -item[0])
         results = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if a % b == 0 else 0}
-        operator = rng.choice("+-*/")
+        operator = rng.choice(operators)
         result = results[operator]
         if not 0 < result <= ceiling:
             return None
@@ -215,27 +220,12 @@ def _sudoku_grids() -> list[str]:
     return grids
 
 
-SUDOKU_PEERS = [
-    [
-        other
-        for other in range(16)
-        if other != cell
-        and (
-            other // 4 == cell // 4
-            or other % 4 == cell % 4
-            or (other // 8 == cell // 8 and other % 4 // 2 == cell % 4 // 2)
-        )
-    ]
-    for cell in range(16)
-]
-
-
 @task.register
 def sudoku(split: Split, *, seed: int = 0, clues: tuple[int, int] = (6, 12)) -> Rows:
     """4x4 sudoku with `clues` (lowest, highest) given cells; any valid completion is right.
 
-    Prompt `1030 0002 ...` (0 = blank), trace `b=2 e=3 ...`: blanks are cells a..p in the order in which they
-    have fewest candidates, answer `#### ` and 16 digits.
+    Prompt `1030 0002 ...` (0 = blank), trace the four completed rows, one a line, answer `#### ` and 16 digits. Where
+    a cell stands is fixed, so in which order cells are best decided is left to the sampler.
     """
     if not 0 <= clues[0] <= clues[1] <= 15:
         raise RecipeError(f"task.clues: {list(clues)} must satisfy 0 <= low <= high <= 15.")
@@ -245,15 +235,10 @@ def sudoku(split: Split, *, seed: int = 0, clues: tuple[int, int] = (6, 12)) -> 
         solution = rng.choice(grids)
         given = set(rng.sample(range(16), rng.randint(*clues)))
         puzzle = "".join(digit if cell in given else "0" for cell, digit in enumerate(solution))
-        cells, trace = list(puzzle), []
-        while "0" in cells:
-            blanks = [cell for cell in range(16) if cells[cell] == "0"]
-            cell = min(blanks, key=lambda c: 4 - len({cells[o] for o in SUDOKU_PEERS[c]} - {"0"}))
-            cells[cell] = solution[cell]
-            trace.append(f"{'abcdefghijklmnop'[cell]}={solution[cell]}")
+        rows = [solution[r : r + 4] for r in range(0, 16, 4)]
         return {
             "prompt": " ".join(puzzle[r : r + 4] for r in range(0, 16, 4)),
-            "reference": " ".join(trace) + f"\n#### {solution}",
+            "reference": "\n".join([*rows, f"#### {solution}"]),
             "puzzle": puzzle,
         }
 

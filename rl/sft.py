@@ -128,9 +128,9 @@ def only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 class SftTrainer(Trainer):
     """transformers.Trainer with the masked-diffusion loss and our optimizers; everything else is the Trainer's."""
 
-    def __init__(self, denoiser: Denoiser, *, optim: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(self, denoiser: Denoiser, *, optim: dict[str, Any], autocast: bool = False, **kwargs: Any) -> None:
         super().__init__(model=denoiser.model, data_collator=only_item, **kwargs)
-        self.denoiser, self.optim = denoiser, optim
+        self.denoiser, self.optim, self.autocast = denoiser, optim, autocast
         self.model_accepts_loss_kwargs = False
 
     def get_train_dataloader(self) -> DataLoader:
@@ -149,9 +149,11 @@ class SftTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the batch's weighted cross-entropy on hidden tokens, in nats a token."""
-        logits_KV = self.denoiser.logits(
-            inputs["input_ids"], padding_mask_BT=inputs["padding_mask"], positions_BT=inputs["scored"]
-        )
+        # The Trainer's own bf16 wraps model.forward, which the denoiser does not call.
+        with torch.autocast(self.denoiser.device.type, torch.bfloat16, enabled=self.autocast):
+            logits_KV = self.denoiser.logits(
+                inputs["input_ids"], padding_mask_BT=inputs["padding_mask"], positions_BT=inputs["scored"]
+            )
         loss = (F.cross_entropy(logits_KV, inputs["target"], reduction="none") * inputs["weight"]).sum()
         return (loss, logits_KV) if return_outputs else loss
 

@@ -31,6 +31,8 @@ def build_model(recipe: SftRecipe) -> Denoiser:
     if section.init is not None:
         denoiser = new_denoiser(**section.init.model_dump(), seed=recipe.run.seed)
         denoiser.model.to(device)
+        if section.attention is not None:
+            denoiser.model.set_attn_implementation(section.attention)
         return denoiser
     assert section.path is not None
     return load_denoiser(
@@ -147,6 +149,7 @@ def sft(recipe: SftRecipe, *, resume: Path | None = None) -> dict[str, Any]:
             "weight_decay": recipe.optim.weight_decay,
             "betas": recipe.optim.betas,
         },
+        autocast=recipe.sft.autocast,
         args=arguments,
         train_dataset=SftBatches(
             sources(recipe),
