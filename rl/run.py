@@ -15,6 +15,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..policies.adapters import lora_config
@@ -67,10 +68,12 @@ def train(recipe: Recipe, *, nproc: int = 1, resume: Path | None = None) -> dict
     with file_errors(folder, lambda: None), no_empty_folder(folder):
         trainer = build_trainer(recipe, folder)
         before = _begin(recipe, trainer, checkpoint)
+        closing = ClosingEvaluation()
+        trainer.add_callback(closing)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if rank() == 0:
             save_policy(trainer.denoiser, folder)
-        after = _evaluated(trainer)
+        after = _plain(closing.metrics) if closing.metrics else _evaluated(trainer)
         summary = {
             "run": folder.name,
             "folder": str(folder),
@@ -205,8 +208,30 @@ def free_folder(folder: Path) -> Path:
     return candidate
 
 
+class ClosingEvaluation(TrainerCallback):
+    """Keeps the evaluation after the last step where it is due, and leaves it to `train` where it is not.
+
+    Trainer always evaluates at the end, before it saves; a run that is extended would keep that record for ever.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, Any] | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Cancel an evaluation at the end that `evaluation.every` does not ask for."""
+        if state.global_step >= state.max_steps and not (args.eval_steps and state.global_step % args.eval_steps == 0):
+            control.should_evaluate = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Remember the results after the last step."""
+        self.metrics = metrics if state.global_step >= state.max_steps else None
+
+
 def _evaluated(trainer: UnmaskTrainer) -> dict[str, Any]:
-    metrics = trainer.evaluate()
+    return _plain(trainer.evaluate())
+
+
+def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("eval_"): value for name, value in metrics.items()}
 
 

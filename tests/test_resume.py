@@ -206,7 +206,6 @@ def test_resuming_a_finished_run_changes_nothing(model: Path) -> None:
     assert all((shortrun.weights(folder)[name] == value).all() for name, value in trained.items())
 
 
-@pytest.mark.xfail(strict=True, reason="the closing evaluation of the shorter run stays in metrics.jsonl")
 def test_a_finished_run_is_extended(model: Path) -> None:
     run.train(shortrun.recipe(model, "name=cut", *BASE, "optim.steps=4"))
     assert_same(straight(model), resume(model, Path("runs/cut")))
