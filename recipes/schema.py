@@ -260,7 +260,7 @@ class SftSection(Section):
         "exact", description="exact: k ~ U{1..L} hidden; bernoulli: each with t"
     )
     full_canvas: float = Field(0.3, ge=0, le=1, description="share of batches padded to the whole canvas with EOS")
-    autocast: bool = Field(False, description="forward in bfloat16, weights in model.dtype: faster on GPUs and with AMX")
+    autocast: bool = Field(False, description="forward in bfloat16, weights in model.dtype: faster on GPUs, AMX")
 
 
 class SftEvaluationSection(Section):

@@ -39,9 +39,7 @@ class Source:
     start: float = 0.0
 
 
-def corrupt(
-    canvas_BL: Tensor, *, mask_token_id: int, rng: torch.Generator, mask: str = "exact"
-) -> tuple[Tensor, Tensor]:
+def corrupt(canvas_BL: Tensor, *, rng: torch.Generator, mask: str = "exact") -> tuple[Tensor, Tensor]:
     """Return (masked_BL, weight_BL): which tokens are hidden, and 1/t on those.
 
     `bernoulli`: t ~ U(0,1) a row, every token hidden with probability t (LLaDA, Nie et al. 2025, eq. 3). `exact`: k ~
@@ -106,7 +104,7 @@ class SftBatches(Dataset):
         padding_mask = torch.arange(width + length) >= torch.tensor([[width - len(p)] for p in prompts])
         target_BL = ids[:, width:]
         rng = generator(self.seed, "sft-mask", index)
-        masked_BL, weight_BL = corrupt(target_BL, mask_token_id=self.mask_token_id, rng=rng, mask=self.mask)
+        masked_BL, weight_BL = corrupt(target_BL, rng=rng, mask=self.mask)
         scored_BT = torch.zeros_like(padding_mask)
         scored_BT[:, width:] = masked_BL
         return {

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
 from ..policies.denoiser import Denoiser, load_denoiser, new_denoiser
@@ -60,7 +61,9 @@ def sources(recipe: SftRecipe) -> list[Source]:
 
 
 def label(choice: dict[str, Any]) -> str:
-    """Return a task's name in results: `arithmetic/hard` when it has a level, `arithmetic` otherwise."""
+    """Return a task's name in results: `arithmetic/hard`, `arithmetic/1-2` by operations, else the task's own name."""
+    if choice.get("operations"):
+        return f"{choice['name']}/{'-'.join(map(str, choice['operations']))}"
     return f"{choice['name']}/{choice['level']}" if choice.get("level") else choice["name"]
 
 
@@ -68,6 +71,8 @@ def evaluate_tasks(recipe: SftRecipe, denoiser: Denoiser, problems: int) -> dict
     """Return held-out results by task at the recipe's evaluation decoding."""
     sampler = build_sampler(recipe.evaluation.sampler.model_dump(), temperature=recipe.evaluation.temperature)
     results: dict[str, Evaluation] = {}
+    total, quiet = problems * len(recipe.tasks), rank() != 0
+    bar = tqdm(total=total, unit="problem", desc="evaluation", dynamic_ncols=True, disable=quiet)
     for index, entry in enumerate(recipe.tasks):
         rewards = build_rewards([entry.reward or {"name": entry.task["name"]}])
         rows = heldout_rows(SLOTS["task"].build(entry.task)("heldout", seed=0), problems)
@@ -82,7 +87,8 @@ def evaluate_tasks(recipe: SftRecipe, denoiser: Denoiser, problems: int) -> dict
             seed=0,
         )
         name = label(entry.task)
-        results[f"{name}-{index}" if name in results else name] = evaluate(worker, rows)
+        results[f"{name}-{index}" if name in results else name] = evaluate(worker, rows, progress=bar.update)
+    bar.close()
     return results
 
 

@@ -23,7 +23,7 @@ SIZE = {"hidden_size": 32, "layers": 2, "heads": 2, "mlp": 64}
 
 def corruption(rows: int, length: int, mask: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     canvas_BL = torch.zeros(rows, length, dtype=torch.long)
-    return corrupt(canvas_BL, mask_token_id=MASK, rng=torch.Generator().manual_seed(seed), mask=mask)
+    return corrupt(canvas_BL, rng=torch.Generator().manual_seed(seed), mask=mask)
 
 
 # --- Corruption ------------------------------------------------------------------------------------------------------
