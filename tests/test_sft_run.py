@@ -58,7 +58,7 @@ def test_a_run_leaves_a_model_that_loads_and_its_numbers(tmp_path: Path) -> None
 
 
 def test_tasks_of_one_name_keep_their_own_results(tmp_path: Path) -> None:
-    section = recipe(tmp_path, "tasks.1.task={name: arithmetic, level: easy, operations: [2, 3]}")
+    section = recipe(tmp_path, "tasks.1.task={name: arithmetic, level: easy, largest: 4}")
     results = evaluate_tasks(section, build_model(section), 1)
     assert list(results) == ["arithmetic/easy", "arithmetic/easy-1"]
 
@@ -95,6 +95,7 @@ def test_sources_and_their_names(tmp_path: Path) -> None:
     assert "prompt" in first.rows.row(0)
     assert "reference" in second.rows.row(0)
     assert label({"name": "arithmetic", "level": "hard"}) == "arithmetic/hard"
+    assert label({"name": "arithmetic", "level": "mixed", "operations": [1, 2]}) == "arithmetic/1-2"
     assert label({"name": "sudoku", "clues": [4, 8]}) == "sudoku"
 
 
