@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Denoiser": "policies.denoiser",
-    "load_denoiser": "policies.denoiser",
+    "load_denoiser": "policies.loading",
     "Trajectory": "rollouts.trajectory",
     "Sampler": "rollouts.sampler",
     "build_sampler": "rollouts.sampler",

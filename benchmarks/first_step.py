@@ -15,7 +15,7 @@ from common import save
 from torch import Tensor
 
 import unmask.recipes.tasks  # noqa: F401 (registers the tasks)
-from unmask.policies.denoiser import load_denoiser
+from unmask.policies.loading import load_denoiser
 from unmask.recipes.registry import SLOTS
 from unmask.rewards import build_rewards, score
 from unmask.rl.advantages import group_mean

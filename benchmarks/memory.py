@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from common import save
 
-from unmask.policies.denoiser import new_denoiser
+from unmask.policies.loading import new_denoiser
 from unmask.rl.objective import build_objective
 from unmask.rollouts.sampler import build_sampler, denoise
 

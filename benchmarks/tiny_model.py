@@ -13,7 +13,7 @@ from typing import Any
 from common import save
 
 import unmask.recipes.tasks  # noqa: F401 (registers the tasks)
-from unmask.policies.denoiser import load_denoiser
+from unmask.policies.loading import load_denoiser
 from unmask.recipes.registry import SLOTS
 from unmask.rewards import build_rewards, score
 from unmask.rl.evaluate import evaluate, heldout_rows

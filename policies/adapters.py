@@ -36,7 +36,7 @@ def attach_adapter(denoiser: Denoiser, config: Any, *, seed: int = 0) -> Denoise
 
     Raises RecipeError for a target that matches nothing, or the LM head, which rollouts call on its own.
     """
-    check_targets(denoiser.base, config.target_modules)
+    check_targets(denoiser.base, config.target_modules, mixture=denoiser.family.mixture)
     # peft draws the adapter's first factor from the global generator: give it one of ours for the moment.
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
@@ -48,18 +48,33 @@ def attach_adapter(denoiser: Denoiser, config: Any, *, seed: int = 0) -> Denoise
     return replace(denoiser, model=model.eval())
 
 
-def check_targets(model: nn.Module, targets: Any) -> None:
-    """Raise RecipeError unless every target names at least one linear layer other than the LM head."""
+def check_targets(model: nn.Module, targets: Any, *, mixture: bool = False) -> None:
+    """Raise RecipeError unless every target names at least one linear layer other than the LM head.
+
+    In a mixture of experts also for targets outside the attention: experts are stacked into 3D parameters there, peft
+    turns these names into all of them, and silently leaves shared experts and dense layers without an adapter.
+    """
     if isinstance(targets, str):  # a regular expression or "all-linear": peft itself refuses what matches nothing
+        if mixture:
+            raise RecipeError(
+                f"model.lora.targets: '{targets}' would reach routers and stacked experts of a mixture; list attention "
+                "layers (q_proj, k_proj, v_proj, o_proj)."
+            )
         return
     paths = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     leaves = sorted({path.rpartition(".")[2] for path in paths})
     for target in sorted(targets):
+        leaf = target.rpartition(".")[2]
+        if mixture and leaf in ("gate_proj", "up_proj", "down_proj", "gate"):
+            raise RecipeError(
+                f"model.lora.targets: '{target}' of a mixture of experts would adapt the stacked experts and leave "
+                "shared experts and dense layers out; list attention layers (q_proj, k_proj, v_proj, o_proj)."
+            )
         hits = [path for path in paths if path == target or path.endswith(f".{target}")]
         if not hits:
             raise RecipeError(f"model.lora.targets: '{target}' matches no linear layer.{nearest(target, leaves)}")
-        if "lm_head" in hits:
-            raise RecipeError("model.lora.targets: 'lm_head' cannot be adapted; choose attention and MLP layers.")
+        if {"lm_head", "decoder"} & set(hits):
+            raise RecipeError(f"model.lora.targets: '{target}' cannot be adapted; choose attention and MLP layers.")
 
 
 def adapted_modules(model: PeftModel) -> list[str]:

@@ -1,132 +1,49 @@
-"""Families of denoisers: how a published checkpoint folder maps onto a stock transformers class."""
+"""Families of denoisers as data: how each published checkpoint folder maps onto a stock transformers class.
+
+Sources: the config.json, tensor names and model cards of the checkpoints that a layout names.
+"""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from ..recipes.registry import nearest
+from .layout import ATTENTION_TARGETS, Layout, same
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded as a denoiser; the message names file, rule and remedy."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What is particular to one loaded denoiser; ids are those of its own vocabulary."""
-
-    name: str
-    vocab_size: int
-    mask_token_id: int
-    eos_token_ids: tuple[int, ...]
-    attention: str = "full"
-    logit_shift: int = 0
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a vendor's folder is laid out: which configs it matches and how they and the keys translate.
-
-    `key_mapping` holds (vendor regex, stock replacement) and `key_unmapping` the way back, so that a saved model is
-    again what the vendor's own code reads.
-    """
-
-    name: str
-    matches: Callable[[Mapping[str, Any]], bool]
-    stock_config: Callable[[Mapping[str, Any]], dict[str, Any]]
-    key_mapping: tuple[tuple[str, str], ...] = ()
-    key_unmapping: tuple[tuple[str, str], ...] = ()
-    turn_end_ids: tuple[int, ...] = ()
-    requires: tuple[tuple[str, Any], ...] = field(default=())
-
-    def to_stock(self, key: str) -> str:
-        """Return the stock name of a vendor's weight."""
-        return _rename(key, self.key_mapping)
-
-    def to_vendor(self, key: str) -> str:
-        """Return the vendor's name of a stock weight."""
-        return _rename(key, self.key_unmapping)
-
-
-def _rename(key: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in pairs:
-        key, hits = re.subn(pattern, replacement, key)
-        if hits:
-            return key
-    return key
-
-
-def _llada_config(vendor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return LlamaConfig fields for LLaDA's config.json (reference: GSAI-ML/LLaDA-8B-Instruct)."""
-    return {
-        "vocab_size": vendor.get("embedding_size") or vendor["vocab_size"],
-        "hidden_size": vendor["d_model"],
-        "intermediate_size": vendor.get("mlp_hidden_size") or vendor["mlp_ratio"] * vendor["d_model"],
-        "num_hidden_layers": vendor["n_layers"],
-        "num_attention_heads": vendor["n_heads"],
-        "num_key_value_heads": vendor.get("n_kv_heads") or vendor["n_heads"],
-        "max_position_embeddings": vendor["max_sequence_length"],
-        "rms_norm_eps": vendor["rms_norm_eps"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": vendor["rope_theta"]},
-        "attention_bias": vendor.get("include_qkv_bias") or False,
-        "mlp_bias": vendor.get("include_bias") or False,
-        "tie_word_embeddings": vendor.get("weight_tying", False),
-        "hidden_act": vendor["activation_type"],
-        "initializer_range": vendor.get("init_std", 0.02),
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-
-
-def llada_vendor_config(stock: Any, family: Family) -> dict[str, Any]:
-    """Return LLaDA's config.json for a stock LlamaConfig (used for models that unmask makes itself)."""
-    return {
-        "architectures": ["LLaDAModelLM"],
-        "model_type": "llada",
-        "block_type": "llama",
-        "layer_norm_type": "rms",
-        "rms_norm_eps": stock.rms_norm_eps,
-        "rope": True,
-        "rope_full_precision": True,
-        "rope_theta": stock.rope_parameters["rope_theta"],
-        "activation_type": stock.hidden_act,
-        "include_bias": False,
-        "include_qkv_bias": False,
-        "attention_layer_norm": False,
-        "input_emb_norm": False,
-        "scale_logits": False,
-        "alibi": False,
-        "d_model": stock.hidden_size,
-        "n_layers": stock.num_hidden_layers,
-        "n_heads": stock.num_attention_heads,
-        "n_kv_heads": stock.num_key_value_heads,
-        "mlp_hidden_size": stock.intermediate_size,
-        "mlp_ratio": 4,
-        "vocab_size": stock.vocab_size,
-        "embedding_size": stock.vocab_size,
-        "weight_tying": stock.tie_word_embeddings,
-        "max_sequence_length": stock.max_position_embeddings,
-        "mask_token_id": family.mask_token_id,
-        "eos_token_id": family.eos_token_ids[0],
-        "pad_token_id": family.eos_token_ids[0],
-        "init_std": stock.initializer_range,
-        "use_cache": False,
-        "torch_dtype": str(stock.dtype or "float32").removeprefix("torch."),
-    }
-
-
+LLAMA_FIELDS = same(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "max_position_embeddings rms_norm_eps hidden_act tie_word_embeddings initializer_range"
+)
+QWEN3_FIELDS = (*LLAMA_FIELDS, *same("head_dim attention_bias"))
+QWEN3_MOE_FIELDS = (
+    *QWEN3_FIELDS,
+    *same("num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers"),
+)
+QWEN_REQUIRES: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("hidden_act", ("silu",)),
+    ("use_sliding_window", (False, None)),
+)
 LLADA = Layout(
-    name="llada",
-    matches=lambda config: "LLaDAModelLM" in (config.get("architectures") or []),
-    stock_config=_llada_config,
-    # The head's leaf has the same name as the blocks' down projection, so the block patterns come first.
-    key_mapping=(
+    name="llada",  # LLaDA-8B-Base, -Instruct, LLaDA-1.5; unmask:tiny
+    stock="llama",
+    architectures=("LLaDAModelLM",),
+    fields=(
+        ("vocab_size", ("embedding_size", "vocab_size")),
+        ("hidden_size", ("d_model",)),
+        ("intermediate_size", ("mlp_hidden_size",)),
+        ("num_hidden_layers", ("n_layers",)),
+        ("num_attention_heads", ("n_heads",)),
+        ("num_key_value_heads", ("n_kv_heads", "n_heads")),
+        ("max_position_embeddings", ("max_sequence_length",)),
+        ("rms_norm_eps", ("rms_norm_eps",)),
+        ("attention_bias", ("include_qkv_bias",)),
+        ("mlp_bias", ("include_bias",)),
+        ("tie_word_embeddings", ("weight_tying",)),
+        ("hidden_act", ("activation_type",)),
+        ("initializer_range", ("init_std",)),
+    ),
+    renames=(
+        # The head's leaf has the same name as the blocks' down projection, so the block patterns come first.
         (r"^model\.transformer\.blocks\.(\d+)\.attn_norm\.", r"model.layers.\1.input_layernorm."),
         (r"^model\.transformer\.blocks\.(\d+)\.([qkv]_proj)\.", r"model.layers.\1.self_attn.\2."),
         (r"^model\.transformer\.blocks\.(\d+)\.attn_out\.", r"model.layers.\1.self_attn.o_proj."),
@@ -138,7 +55,7 @@ LLADA = Layout(
         (r"^model\.transformer\.ln_f\.", r"model.norm."),
         (r"^model\.transformer\.ff_out\.", r"lm_head."),
     ),
-    key_unmapping=(
+    unrenames=(
         (r"^model\.layers\.(\d+)\.input_layernorm\.", r"model.transformer.blocks.\1.attn_norm."),
         (r"^model\.layers\.(\d+)\.self_attn\.([qkv]_proj)\.", r"model.transformer.blocks.\1.\2."),
         (r"^model\.layers\.(\d+)\.self_attn\.o_proj\.", r"model.transformer.blocks.\1.attn_out."),
@@ -150,77 +67,202 @@ LLADA = Layout(
         (r"^model\.norm\.", r"model.transformer.ln_f."),
         (r"^lm_head\.", r"model.transformer.ff_out."),
     ),
+    derive=lambda vendor: (
+        {} if vendor.get("mlp_hidden_size") else {"intermediate_size": vendor["mlp_ratio"] * vendor["d_model"]}
+    ),
+    optional=frozenset({*Layout.optional, "mlp_bias", "intermediate_size"}),
     # <|eot_id|> ends a turn of the Instruct checkpoints; smaller vocabularies do not have it.
     turn_end_ids=(126348,),
     requires=(
-        ("block_type", "llama"),
-        ("layer_norm_type", "rms"),
-        ("activation_type", "silu"),
-        ("rope", True),
-        ("attention_layer_norm", False),
-        ("input_emb_norm", False),
-        ("scale_logits", False),
-        ("alibi", False),
+        ("block_type", ("llama",)),
+        ("layer_norm_type", ("rms",)),
+        ("activation_type", ("silu",)),
+        ("rope", (True,)),
+        ("attention_layer_norm", (False,)),
+        ("input_emb_norm", (False,)),
+        ("scale_logits", (False,)),
+        ("alibi", (False,)),
     ),
+    template="llada",
 )
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (LLADA,)}
+LLADA_MOE = Layout(
+    name="llada_moe",  # LLaDA-MoE-7B-A1B-Base, -Instruct; its model_type is "llada", as the dense family's
+    stock="qwen3_moe",
+    architectures=("LLaDAMoEModelLM",),
+    model_types=("lladamoe",),
+    fields=(
+        *same("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads"),
+        *same("max_position_embeddings rms_norm_eps hidden_act tie_word_embeddings initializer_range attention_bias"),
+        *same("num_experts num_experts_per_tok"),
+        ("intermediate_size", ("dense_intermediate_size", "expert_intermediate_size")),
+        ("moe_intermediate_size", ("expert_intermediate_size",)),
+    ),
+    # The vendor never renormalises the chosen experts' weights, whatever its config says.
+    constants=(("norm_topk_prob", False), ("decoder_sparse_step", 1), ("mlp_only_layers", [])),
+    derive=lambda vendor: {"head_dim": vendor["hidden_size"] // vendor["num_attention_heads"]},
+    experts=True,
+    requires=(
+        ("qk_layernorm", (True,)),
+        ("clip_qkv", (None,)),
+        ("moe_router_score_function", ("softmax",)),
+        ("moe_router_enable_expert_bias", (False, None)),
+        ("shared_expert_intermediate_size", (None, 0)),
+        ("partial_rotary_factor", (1, None)),
+        ("router_num_group", (None, 0, 1)),
+        ("routed_scaling_factor", (1, None)),
+    ),
+    published=(("mask_token_id", 156895),),
+    turn_end_tokens=("<|role_end|>",),
+    template="role",
+    lora_targets=ATTENTION_TARGETS,
+)
 
+LLADA2 = Layout(
+    name="llada2",  # LLaDA2.0 and 2.1, mini and flash
+    stock="glm4_moe",
+    architectures=("LLaDA2MoeModelLM",),
+    model_types=("llada2_moe", "llada2_moe_veomni"),
+    fields=(
+        *QWEN3_FIELDS,
+        *same("num_experts_per_tok moe_intermediate_size norm_topk_prob n_group topk_group routed_scaling_factor"),
+        *same("first_k_dense_replace"),
+        ("n_routed_experts", ("num_experts",)),
+        ("n_shared_experts", ("num_shared_experts",)),
+    ),
+    # The vendor normalises queries and keys whatever use_qk_norm says.
+    constants=(("use_qk_norm", True),),
+    experts=True,
+    fused_qkv=True,
+    renames=(
+        (r"^model\.word_embeddings\.", r"model.embed_tokens."),
+        (r"\.attention\.query_key_value\.", r".self_attn.query_key_value."),
+        (r"\.attention\.dense\.", r".self_attn.o_proj."),
+        (r"\.attention\.query_layernorm\.", r".self_attn.q_norm."),
+        (r"\.attention\.key_layernorm\.", r".self_attn.k_norm."),
+        (r"\.mlp\.gate\.expert_bias$", r".mlp.gate.e_score_correction_bias"),
+    ),
+    unrenames=(
+        (r"^model\.embed_tokens\.", r"model.word_embeddings."),
+        (r"\.self_attn\.query_key_value\.", r".attention.query_key_value."),
+        (r"\.self_attn\.o_proj\.", r".attention.dense."),
+        (r"\.self_attn\.q_norm\.", r".attention.query_layernorm."),
+        (r"\.self_attn\.k_norm\.", r".attention.key_layernorm."),
+        (r"\.mlp\.gate\.e_score_correction_bias$", r".mlp.gate.expert_bias"),
+    ),
+    requires=(
+        *QWEN_REQUIRES,
+        ("score_function", ("sigmoid",)),
+        ("moe_router_enable_expert_bias", (True,)),
+        ("use_bias", (False, None)),
+        ("use_qkv_bias", (False, None)),
+    ),
+    attention="block_causal",
+    published=(("mask_token_id", 156895), ("block_length", 32)),
+    turn_end_tokens=("<|role_end|>",),
+    template="role_system",
+    lora_targets=ATTENTION_TARGETS,
+)
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the folder's config.json; CheckpointError when there is none or it is no JSON object."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"model.path: '{folder}' holds no config.json, so it is not a checkpoint folder.")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error.msg}, line {error.lineno}).") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: holds a {type(config).__name__}, a JSON object is needed.")
-    return config
+DREAM = Layout(
+    name="dream",  # Dream-v0 Base and Instruct, Dream-Coder, DiffuCoder
+    stock="qwen2",
+    architectures=("DreamModel",),
+    model_types=("Dream",),
+    fields=LLAMA_FIELDS,
+    requires=(*QWEN_REQUIRES, ("use_mrope", (False, None))),
+    logit_shift=1,
+    turn_end_tokens=("<|im_end|>",),
+    template="chatml_helpful",
+)
 
+SDAR = Layout(
+    name="sdar",  # SDAR 1.7B, 4B, 8B and TraDo
+    stock="qwen3",
+    architectures=("SDARForCausalLM",),
+    model_types=("sdar",),
+    fields=QWEN3_FIELDS,
+    requires=QWEN_REQUIRES,
+    attention="block_causal",
+    published=(("mask_token_id", 151669), ("block_length", 4)),
+    turn_end_tokens=("<|im_end|>",),
+    template="chatml",
+)
 
-def find_layout(config: Mapping[str, Any], family: str | None) -> Layout:
-    """Return the layout for a config.json: by `family` if given, else by its `architectures`."""
-    if family is not None:
-        if family not in LAYOUTS:
-            raise CheckpointError(f"model.family: unknown family '{family}'.{nearest(family, list(LAYOUTS))}")
-        return LAYOUTS[family]
-    for layout in LAYOUTS.values():
-        if layout.matches(config):
-            return layout
-    raise CheckpointError(
-        f"model.path: architectures {config.get('architectures')} belong to no known family "
-        f"({', '.join(LAYOUTS)}); set model.family if the folder is laid out like one of them."
+SDAR_MOE = replace(
+    SDAR,
+    name="sdar_moe",  # SDAR-30B-A3B-Chat, -Sci
+    stock="qwen3_moe",
+    architectures=("SDARMoeForCausalLM",),
+    model_types=("sdar_moe",),
+    fields=QWEN3_MOE_FIELDS,
+    experts=True,
+    lora_targets=ATTENTION_TARGETS,
+)
+
+FAST_DLLM = Layout(
+    name="fast_dllm_v2",  # Fast_dLLM_v2 7B and 1.5B: shifted across block borders
+    stock="qwen2",
+    architectures=("Fast_dLLM_QwenForCausalLM",),
+    model_types=("Fast_dLLM_Qwen",),
+    fields=LLAMA_FIELDS,
+    requires=QWEN_REQUIRES,
+    attention="block_causal",
+    logit_shift=1,
+    published=(("mask_token_id", 151665), ("block_length", 32)),
+    turn_end_tokens=("<|im_end|>",),
+    template="chatml_helpful",
+)
+
+RND1 = Layout(
+    name="rnd1",  # RND1-Base-0910
+    stock="qwen3_moe",
+    architectures=("RND1LM",),
+    model_types=("rnd1",),
+    fields=QWEN3_MOE_FIELDS,
+    experts=True,
+    requires=QWEN_REQUIRES,
+    logit_shift=1,
+    published=(("mask_token_id", 151669),),
+    template="question",
+    lora_targets=ATTENTION_TARGETS,
+)
+
+# The same model_type is published for two ways of training, so that the user has to say which.
+A2D_MDLM = Layout(
+    name="a2d_mdlm",  # dllm-hub/*-diffusion-mdlm-v0.1
+    stock="",
+    model_types=("a2d-llama", "a2d-qwen2", "a2d-qwen3"),
+    fields=(),
+    turn_end_tokens=("<|im_end|>",),
+    template="chatml_no_think",
+)
+A2D_BD3LM = replace(
+    A2D_MDLM,
+    name="a2d_bd3lm",  # dllm-hub/*-diffusion-bd3lm-v0.1
+    attention="block_causal",
+    alignment="left_pad_to_block",
+    published=(("block_length", 32),),
+)
+# Its architectures are those of the autoregressive model it was made from: only the user can tell.
+OPEN_DCODER = replace(A2D_MDLM, name="open_dcoder", model_types=(), logit_shift=1, template="chatml_helpful")
+MODERNBERT = Layout(
+    name="modernbert",  # dllm-hub/ModernBERT-{base,large}-chat-v0.1
+    stock="modernbert",
+    architectures=("ModernBertForMaskedLM",),
+    model_types=("modernbert",),
+    fields=(),
+    published=(("mask_token_id", 50284),),
+    turn_end_tokens=("[SEP]",),
+    template="bert",
+    lora_targets=("Wqkv", "Wo", "Wi"),
+)
+STOCK = Layout(name="stock", stock="", fields=())  # written by unmask: `unmask convert`, `save(layout="stock")`
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        *(LLADA, LLADA_MOE, LLADA2, DREAM, SDAR, SDAR_MOE, FAST_DLLM, RND1),
+        *(A2D_MDLM, A2D_BD3LM, OPEN_DCODER, MODERNBERT, STOCK),
     )
-
-
-def check_config(config: Mapping[str, Any], layout: Layout) -> None:
-    """Raise CheckpointError where the config asks for what the stock class does not compute."""
-    for key, wanted in layout.requires:
-        if config.get(key, wanted) != wanted:
-            raise CheckpointError(
-                f"config.json: {key} is {config[key]!r}, but family '{layout.name}' is loaded with {wanted!r} only."
-            )
-
-
-def resolve_family(config: Mapping[str, Any], layout: Layout, mask_token_id: int | None) -> Family:
-    """Return the Family of a config.json; CheckpointError when its mask id is missing, out of range or equal to EOS."""
-    rows = config.get("embedding_size") or config.get("vocab_size")
-    if not isinstance(rows, int):
-        raise CheckpointError(f"config.json: vocab_size is {rows!r}, a whole number is needed.")
-    mask = mask_token_id if mask_token_id is not None else config.get("mask_token_id")
-    eos = config.get("eos_token_id")
-    eos_ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
-    if mask is None:
-        raise CheckpointError("config.json has no mask_token_id; pass mask_token_id=... (see the model's card).")
-    for name, value in [("mask_token_id", mask), *(("eos_token_id", i) for i in eos_ids)]:
-        if not isinstance(value, int):
-            raise CheckpointError(f"config.json: {name} is {value!r}, a whole number is needed.")
-        if not 0 <= value < rows:
-            raise CheckpointError(f"{name} {value} lies outside the embedding's {rows} rows.")
-    if mask in eos_ids:
-        raise CheckpointError(f"mask_token_id {mask} equals the EOS id; a committed EOS could not be told from a mask.")
-    eos_ids += tuple(i for i in layout.turn_end_ids if i < rows and i not in eos_ids)
-    return Family(layout.name, vocab_size=rows, mask_token_id=mask, eos_token_ids=eos_ids)
+}

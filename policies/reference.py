@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..recipes.registry import RecipeError
 from .denoiser import Denoiser
-from .families import Family
+from .layout import Family
 
 
 @dataclass
@@ -21,12 +22,10 @@ class AdapterOff:
     family: Family
 
     @torch.no_grad()
-    def logits(
-        self, input_ids_BT: Tensor, *, padding_mask_BT: Tensor | None = None, positions_BT: Tensor | None = None
-    ) -> Tensor:
+    def logits(self, input_ids_BT: Tensor, **options: Any) -> Tensor:
         """Return the base model's logits, as `Denoiser.logits`."""
         with self.policy.model.disable_adapter():
-            return self.policy.logits(input_ids_BT, padding_mask_BT=padding_mask_BT, positions_BT=positions_BT)
+            return self.policy.logits(input_ids_BT, **options)
 
 
 def build_reference(policy: Denoiser, kind: str, *, beta: float) -> AdapterOff | Denoiser | None:

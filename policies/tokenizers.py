@@ -8,7 +8,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .families import CheckpointError, Family
+from .layout import CheckpointError, Family
+from .templates import TEMPLATES
 
 EOS, MASK, SYSTEM, USER, ASSISTANT = "<|eos|>", "<|mask|>", "<|system|>", "<|user|>", "<|assistant|>"
 
@@ -19,20 +20,6 @@ BYTE_TEMPLATE = (
     "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-
-
-# LLaDA's prompt format (model card of GSAI-ML/LLaDA-8B-Instruct), written anew because the published template adds the
-# assistant header whatever add_generation_prompt says and has no generation markers.
-LLADA_TEMPLATE = (
-    "{{ '<|startoftext|>' }}"
-    "{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 
 
@@ -66,27 +53,49 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_tokenizer(folder: Path, family: Family) -> PreTrainedTokenizerBase:
-    """Return the folder's own tokenizer (its files, never its code), left-padding, with a template of ours.
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Return the folder's own tokenizer (its files, never its code), or None when it has none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    # The class itself, not AutoTokenizer, which would look for the vendor's model class in config.json.
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # the Rust library raises bare Exceptions
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"'{folder}': its tokenizer files cannot be read ({reason}).") from error
+
+
+def load_tokenizer(
+    folder: Path, tokenizer: PreTrainedTokenizerBase | None, family: Family, template: str | None
+) -> PreTrainedTokenizerBase:
+    """Return `tokenizer` left-padding and with the family's template, where its vocabulary has that template's tokens.
 
     Folders without tokenizer files get the byte tokenizer when its special ids are the checkpoint's, so that tokens
     are never silently read with a foreign vocabulary; CheckpointError otherwise.
     """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if tokenizer is None:
         tokenizer = byte_tokenizer()
         if tokenizer.mask_token_id != family.mask_token_id or len(tokenizer) > family.vocab_size:
             raise CheckpointError(f"'{folder}' holds no tokenizer.json; copy the checkpoint's tokenizer files there.")
         return tokenizer
-    # The class itself, not AutoTokenizer, which would look for the vendor's model class in config.json.
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:  # the Rust library raises bare Exceptions
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"'{folder}': its tokenizer files cannot be read ({reason}).") from error
     tokenizer.padding_side = "left"
-    if "<|start_header_id|>" in tokenizer.get_vocab():
-        tokenizer.chat_template = LLADA_TEMPLATE
+    ours = None if template is None else TEMPLATES[template]
+    if ours is not None and (ours.marker is None or ours.marker in tokenizer.get_vocab()):
+        tokenizer.chat_template = ours.jinja
     return tokenizer
+
+
+def check_mask_token(tokenizer: PreTrainedTokenizerBase, family: Family) -> None:
+    """Raise CheckpointError when the mask id is no token of the tokenizer, or its text is split into several."""
+    token = tokenizer.convert_ids_to_tokens(family.mask_token_id)
+    if token is None:
+        return  # LLaDA2's and converted vocabularies have rows that no text reaches: the mask is never in a prompt
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if ids != [family.mask_token_id]:
+        raise CheckpointError(
+            f"mask_token_id {family.mask_token_id} is '{token}', which the tokenizer reads as {ids}; register it as a "
+            "special token, or pass the mask_token_id of the model's card."
+        )
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:

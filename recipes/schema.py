@@ -39,6 +39,7 @@ def listed(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(whole)]
 TokenId = Annotated[int, Field(ge=0), BeforeValidator(whole)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 Part = Annotated[dict[str, Any], BeforeValidator(named)]
 Tracker = Literal["none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab", "comet_ml", "clearml"]
 NO_TRACKER: list[Tracker] = ["none"]
@@ -75,7 +76,10 @@ class ModelSection(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
         None, description="attention kernel; null: sdpa"
     )
-    mask_token_id: TokenId | None = Field(None, description="mask id; null: the one in config.json")
+    mask_token_id: TokenId | None = Field(None, description="mask id; null: config.json's, else the tokenizer's")
+    block_length: Count | None = Field(None, description="block of a block-causal family; null: config.json's")
+    context: Count | None = Field(None, description="longest sequence, for which RoPE is rescaled (NTK); null: as is")
+    quantization: Literal["4bit"] | None = Field(None, description="4bit: NF4 base under a LoRA adapter (bitsandbytes)")
     lora: LoraSection | None = Field(None, description="adapter; null trains all weights")
 
 
@@ -237,7 +241,8 @@ class SftModelSection(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
         None, description="attention kernel; null: sdpa"
     )
-    mask_token_id: TokenId | None = Field(None, description="mask id; null: the one in config.json")
+    mask_token_id: TokenId | None = Field(None, description="mask id; null: config.json's, else the tokenizer's")
+    block_length: Count | None = Field(None, description="block of a block-causal family; null: config.json's")
 
 
 class SftTask(Section):
@@ -256,9 +261,10 @@ class SftSection(Section):
     """The masked-diffusion cross-entropy."""
 
     batch: Int = Field(64, ge=1, description="rows an optimizer step, all ranks together")
-    mask: Literal["exact", "bernoulli"] = Field(
-        "exact", description="exact: k ~ U{1..L} hidden; bernoulli: each with t"
+    mask: Literal["exact", "bernoulli", "late"] = Field(
+        "exact", description="exact: k ~ U{1..L} hidden; bernoulli: each with t; late: exact, later tokens likelier"
     )
+    half_life: float = Field(0.1, gt=0, description="late: share of the canvas over which the odds double at t = 0")
     full_canvas: float = Field(0.3, ge=0, le=1, description="share of batches padded to the whole canvas with EOS")
     autocast: bool = Field(False, description="forward in bfloat16, weights in model.dtype: faster on GPUs, AMX")
 

@@ -232,13 +232,53 @@ def schema(
 @app.command()
 def doctor(
     model: Annotated[str | None, typer.Option("--model", help="Model to self-check [default: unmask:tiny].")] = None,
+    family: Annotated[str | None, typer.Option("--family", help="Family of --model, where it is ambiguous.")] = None,
+    mask: Annotated[int | None, typer.Option("--mask-token-id", help="Mask id, where config.json has none.")] = None,
+    block: Annotated[int | None, typer.Option("--block-length", help="Block, where config.json has none.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Print versions, devices and what is wrong."""
     _check_output(json_file)
     from .doctor import doctor as examine
 
-    _write_json(json_file, examine(model=model))
+    _write_json(json_file, examine(model=model, family=family, mask_token_id=mask, block_length=block))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write.")],
+    layout: Annotated[str, typer.Option("--layout", help="vendor: published names; stock: transformers'.")] = "vendor",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="dtype of the weights [default: the recipe's].")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Write a run's policy as one model folder.
+
+    The adapter is merged into its base in float32, and the result is verified.
+    """
+    _check_output(json_file)
+    from .export import export as write
+
+    _write_json(json_file, write(run, to, layout=layout, dtype=dtype))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id or .gguf file (Llama, Qwen2, Qwen3).")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write.")],
+    attention: Annotated[str, typer.Option("--attention", help="full or block_causal.")] = "full",
+    block_length: Annotated[int | None, typer.Option("--block-length", help="Tokens of a block.")] = None,
+    logit_shift: Annotated[int, typer.Option("--logit-shift", help="1 keeps predicting the next token.")] = 0,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
+) -> None:
+    """Make a denoiser of an autoregressive model.
+
+    The folder is ready for `unmask sft`.
+    """
+    from ..policies.convert import convert as make
+
+    make(source, to, attention=attention, block_length=block_length, logit_shift=logit_shift, dtype=dtype)
+    typer.echo(f"wrote {to}; next: unmask sft RECIPE model.path={to}")
 
 
 def is_ours(error: BaseException) -> bool:

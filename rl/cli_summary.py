@@ -67,6 +67,7 @@ def _rl_facts(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.name,
         "model": f"{recipe.model.path}, {recipe.model.dtype}, {trained}",
         "task": words(recipe.task),
+        "memory": _memory_words(recipe),
         "rewards": ", ".join(f"{entry.weight:g} x {words(entry.model_dump())}" for entry in recipe.rewards),
         "method": recipe.method or "written out in objective",
         "objective": _objective_words(recipe),
@@ -81,6 +82,28 @@ def _rl_facts(recipe: Recipe) -> dict[str, Any]:
         "evaluation": f"{recipe.evaluation.problems} problems, {_sampler_words(evaluation)}, "
         f"temperature {temperature:g}",
     }
+
+
+def _memory_words(recipe: Recipe) -> str:
+    """Return what a device will hold, by what holds it."""
+    from .memory import estimate
+
+    found = estimate(recipe)
+    if found is None:
+        return f"not estimated: '{recipe.model.path}' is no local folder and its sizes are not known"
+    parts = {
+        "weights": found.weights,
+        "adapter": found.adapter,
+        "gradients and optimizer": found.optimizer,
+        "a chunk's activations": found.activations,
+        "a rollout step's tables": found.rollout,
+    }
+    words = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items() if size)
+    return f"about {_gigabytes(found.total)} a device ({words})"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _sft_facts(recipe: SftRecipe) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from ..policies.denoiser import TINY, load_denoiser, tiny_folder
+from ..policies.loading import TINY, load_denoiser, tiny_folder
 from ..policies.selfcheck import self_check
 from .runfolder import git_commit
 
@@ -35,8 +35,11 @@ def requirements() -> list[tuple[str, str, str, bool]]:
     return rows
 
 
-def doctor(*, model: str | None = None) -> dict[str, Any]:
-    """Print and return versions, devices, launch settings and the self-check of `model` (default `unmask:tiny`)."""
+def doctor(*, model: str | None = None, **options: Any) -> dict[str, Any]:
+    """Print and return versions, devices, launch settings and the self-check of `model` (default `unmask:tiny`).
+
+    `options` are those of `load_denoiser`.
+    """
     console, problems = Console(), []
     table = Table("package", "installed", "required", "")
     packages = requirements()
@@ -64,7 +67,7 @@ def doctor(*, model: str | None = None) -> dict[str, Any]:
         problems.append(f"'{TINY}' is missing from this installation: unmask sft tiny_sft.yaml")
     else:
         # Loading runs the self-check too, and raises CheckpointError or SelfCheckError where it fails.
-        checked = self_check(load_denoiser(path))
+        checked = self_check(load_denoiser(path, **options))
         table = Table(path, "self-check")
         for name, value in checked.items():
             table.add_row(name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,19 +40,27 @@ class Source:
     start: float = 0.0
 
 
-def corrupt(canvas_BL: Tensor, *, rng: torch.Generator, mask: str = "exact") -> tuple[Tensor, Tensor]:
+def corrupt(
+    canvas_BL: Tensor, *, rng: torch.Generator, mask: str = "exact", half_life: float = 0.1
+) -> tuple[Tensor, Tensor]:
     """Return (masked_BL, weight_BL): which tokens are hidden, and 1/t on those.
 
     `bernoulli`: t ~ U(0,1) a row, every token hidden with probability t (LLaDA, Nie et al. 2025, eq. 3). `exact`: k ~
-    U{1..L} a row, exactly k hidden, weight L/k: the same expectation with far less variance. Levels are stratified over
-    the batch in both.
+    U{1..L} a row, exactly k hidden, weight L/k: the same expectation with far less variance. `late`: exactly k, drawn
+    one after another with odds 2^((1 - k/L) i / (half_life L)) for position i, as decoding leaves late tokens open
+    longest (Efficient-DLM, Fu et al. 2025). Levels are stratified over the batch in all.
     """
     rows, length = canvas_BL.shape
     level_B = (torch.rand((), generator=rng) + torch.arange(rows) / rows) % 1.0
     noise_BL = torch.rand(rows, length, generator=rng)
-    if mask == "exact":
+    if mask in ("exact", "late"):
         count_B = 1 + (level_B * length).floor().clamp(max=length - 1)
-        masked_BL = noise_BL.argsort(dim=1).argsort(dim=1) < count_B[:, None]
+        order_BL = noise_BL
+        if mask == "late":
+            # The k smallest of Exp(1) / w are k draws without replacement at odds w (Efraimidis and Spirakis 2006).
+            growth_B = math.log(2.0) / (half_life * length) * (1.0 - count_B / length)
+            order_BL = (-noise_BL.clamp(min=1e-30).log()).log() - growth_B[:, None] * torch.arange(length)
+        masked_BL = order_BL.argsort(dim=1).argsort(dim=1) < count_B[:, None]
         weight_B = length / count_B
     else:
         level_B = level_B.clamp(min=1e-3)
@@ -73,10 +82,13 @@ class SftBatches(Dataset):
         steps: int,
         seed: int,
         mask: str = "exact",
+        half_life: float = 0.1,
         full_canvas: float = 0.3,
+        multiple: int = 1,
     ) -> None:
         self.sources, self.tokenizer, self.mask_token_id = list(sources), tokenizer, mask_token_id
-        self.batch, self.steps, self.seed, self.mask, self.full_canvas = batch, steps, seed, mask, full_canvas
+        self.batch, self.steps, self.seed, self.full_canvas = batch, steps, seed, full_canvas
+        self.mask, self.half_life, self.multiple = mask, half_life, multiple
 
     def __len__(self) -> int:
         return self.steps
@@ -94,7 +106,9 @@ class SftBatches(Dataset):
         """Return left-padded prompts and EOS-padded completions of `rows`, with `index`'s corruption."""
         prompts = [prompt_ids(self.tokenizer, row["prompt"]) for row in rows]
         replies = [completion_ids(self.tokenizer, row["reference"]) for row in rows]
-        width, length = max(map(len, prompts)), max(map(len, replies))
+        # Families that count blocks from a padded prompt get prompts of whole blocks.
+        width = -(-max(map(len, prompts)) // self.multiple) * self.multiple
+        length = max(map(len, replies))
         if canvas is not None and length > canvas:
             raise ValueError(f"sft: a completion has {length} tokens, the canvas {canvas}; raise tasks[].canvas.")
         length = canvas or length
@@ -104,11 +118,12 @@ class SftBatches(Dataset):
         padding_mask = torch.arange(width + length) >= torch.tensor([[width - len(p)] for p in prompts])
         target_BL = ids[:, width:]
         rng = generator(self.seed, "sft-mask", index)
-        masked_BL, weight_BL = corrupt(target_BL, rng=rng, mask=self.mask)
+        masked_BL, weight_BL = corrupt(target_BL, rng=rng, mask=self.mask, half_life=self.half_life)
         scored_BT = torch.zeros_like(padding_mask)
         scored_BT[:, width:] = masked_BL
         return {
             "input_ids": ids.masked_fill(scored_BT, self.mask_token_id),
+            "clean_ids": ids,
             "padding_mask": padding_mask,
             "scored": scored_BT,
             "target": target_BL[masked_BL],
@@ -149,8 +164,12 @@ class SftTrainer(Trainer):
         """Return the batch's weighted cross-entropy on hidden tokens, in nats a token."""
         # The Trainer's own bf16 wraps model.forward, which the denoiser does not call.
         with torch.autocast(self.denoiser.device.type, torch.bfloat16, enabled=self.autocast):
-            logits_KV = self.denoiser.logits(
-                inputs["input_ids"], padding_mask_BT=inputs["padding_mask"], positions_BT=inputs["scored"]
+            # Block-causal families see the clean blocks before each noisy one; for the others this is one plain pass.
+            logits_KV = self.denoiser.train_logits(
+                inputs["input_ids"],
+                inputs["clean_ids"],
+                padding_mask_BT=inputs["padding_mask"],
+                positions_BT=inputs["scored"],
             )
         loss = (F.cross_entropy(logits_KV, inputs["target"], reduction="none") * inputs["weight"]).sum()
         return (loss, logits_KV) if return_outputs else loss

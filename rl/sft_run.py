@@ -9,7 +9,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
-from ..policies.denoiser import Denoiser, load_denoiser, new_denoiser
+from ..policies.denoiser import Denoiser
+from ..policies.loading import load_denoiser, new_denoiser
 from ..recipes.loading import dump_recipe
 from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import SftRecipe
@@ -43,6 +44,7 @@ def build_model(recipe: SftRecipe) -> Denoiser:
         family=section.family,
         attention=section.attention,
         mask_token_id=section.mask_token_id,
+        block_length=section.block_length,
     )
 
 
@@ -165,6 +167,8 @@ def sft(recipe: SftRecipe, *, resume: Path | None = None) -> dict[str, Any]:
             steps=recipe.optim.steps * world_size(),
             seed=recipe.run.seed,
             mask=recipe.sft.mask,
+            half_life=recipe.sft.half_life,
+            multiple=denoiser.family.prompt_multiple,
             full_canvas=recipe.sft.full_canvas,
         ),
         callbacks=[EvaluationCallback(recipe, denoiser)],

@@ -38,7 +38,7 @@ def sample(target: str, *, prompt: str | None = None, overrides: Sequence[str] =
         rewards = build_rewards([entry.model_dump() for entry in recipe.rewards])
     worker = evaluation_worker(recipe, denoiser, rewards)
     ids = worker.prompt(row)
-    prompt_BQ, mask_BQ = pad_left([ids], denoiser.tokenizer.pad_token_id)
+    prompt_BQ, mask_BQ = pad_left([ids], denoiser.tokenizer.pad_token_id, multiple=denoiser.family.prompt_multiple)
     device = denoiser.device
     canvas_BL = torch.full((1, recipe.rollout.canvas), denoiser.family.mask_token_id, device=device)
     console = Console()

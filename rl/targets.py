@@ -11,7 +11,8 @@ from typing import Any
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from ..policies.denoiser import TINY, Denoiser, load_denoiser
+from ..policies.denoiser import Denoiser
+from ..policies.loading import TINY, load_denoiser
 from ..recipes.loading import load_recipe
 from ..recipes.registry import RecipeError
 from ..recipes.schema import Recipe
@@ -33,6 +34,9 @@ def load_policy(recipe: Recipe, path: Path | None = None) -> Denoiser:
         family=section.family,
         attention=section.attention,
         mask_token_id=section.mask_token_id,
+        block_length=section.block_length,
+        context=section.context,
+        quantization=section.quantization,
     )
 
 

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ..policies.adapters import attach_adapter
-from ..policies.denoiser import Denoiser, load_denoiser
+from ..policies.denoiser import Denoiser
+from ..policies.loading import load_denoiser
 from ..policies.reference import build_reference
 from ..recipes.registry import RecipeError
 from ..recipes.tasks import Row, Rows, Stored

@@ -103,7 +103,8 @@ class RolloutWorker:
         for start in range(0, len(owner_B), self.micro_batch):
             chosen = owner_B[start : start + self.micro_batch].tolist()
             # Padding is never attended, so that any id will do for a tokenizer without one.
-            prompt_BQ, prompt_mask_BQ = pad_left([prompts[i] for i in chosen], self.tokenizer.pad_token_id or 0)
+            pad, multiple = self.tokenizer.pad_token_id or 0, self.denoiser.family.prompt_multiple
+            prompt_BQ, prompt_mask_BQ = pad_left([prompts[i] for i in chosen], pad, multiple=multiple)
             canvas_BL = torch.full((len(chosen), self.canvas), self.denoiser.family.mask_token_id)
             part = denoise(
                 self.denoiser,
@@ -140,8 +141,8 @@ class RolloutWorker:
         return ids
 
 
-def pad_left(sequences: Sequence[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Return `(ids_BQ, mask_BQ)`, sequences aligned at their right end."""
-    width = max(map(len, sequences))
+def pad_left(sequences: Sequence[list[int]], pad_token_id: int, *, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Return `(ids_BQ, mask_BQ)`, sequences aligned at their right end, the width a multiple of `multiple`."""
+    width = -(-max(map(len, sequences)) // multiple) * multiple
     ids = torch.tensor([[pad_token_id] * (width - len(s)) + s for s in sequences])
     return ids, torch.arange(width) >= torch.tensor([[width - len(s)] for s in sequences])

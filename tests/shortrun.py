@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unmask.policies.denoiser import new_denoiser
+from unmask.policies.loading import new_denoiser
 from unmask.recipes.loading import dump_recipe, load_recipe
 from unmask.recipes.registry import SLOTS
 from unmask.recipes.schema import Recipe

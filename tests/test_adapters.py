@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig
 
 from unmask.policies.adapters import adapted_modules, attach_adapter, lora_config, merged
-from unmask.policies.denoiser import Denoiser, load_denoiser, new_denoiser
-from unmask.policies.families import CheckpointError
+from unmask.policies.denoiser import Denoiser
+from unmask.policies.layout import CheckpointError
+from unmask.policies.loading import load_denoiser, new_denoiser
 from unmask.policies.selfcheck import self_check
 from unmask.recipes.registry import RecipeError
 

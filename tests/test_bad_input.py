@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from unmask.policies.denoiser import load_denoiser
+from unmask.policies.loading import load_denoiser
 from unmask.recipes.crosschecks import check_data
 from unmask.recipes.loading import load_recipe, parse_recipe
 from unmask.recipes.registry import RecipeError

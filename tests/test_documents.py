@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unmask.policies import families
-from unmask.policies.denoiser import load_denoiser, new_denoiser
+from unmask.policies.loading import load_denoiser, new_denoiser
 from unmask.recipes.loading import load_methods, parse_recipe, resolve, slot_of
 from unmask.recipes.reading import shipped_recipes
 from unmask.recipes.registry import SLOTS, RecipeError

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from unmask.policies.denoiser import load_denoiser
+from unmask.policies.loading import load_denoiser
 from unmask.recipes.registry import SLOTS, RecipeError
 from unmask.rewards import build_rewards, score
 from unmask.rl import run, show

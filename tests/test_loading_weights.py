@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from unmask.policies import denoiser as module
-from unmask.policies.denoiser import Denoiser, load_denoiser, new_denoiser, stock_config
-from unmask.policies.families import LLADA, resolve_family
+from unmask.policies import loading as module
+from unmask.policies import saving
+from unmask.policies.denoiser import Denoiser
+from unmask.policies.families import LLADA
+from unmask.policies.loading import load_denoiser, new_denoiser, stock_config
+from unmask.policies.resolving import resolve_family
 from unmask.policies.selfcheck import SelfCheckError, self_check
 from unmask.policies.tokenizers import byte_tokenizer
 
@@ -158,7 +160,7 @@ def test_shards_load_and_are_written_again(tmp_path: Path, monkeypatch: pytest.M
     shard(tmp_path / "sharded")
     denoiser, data = load(tmp_path / "sharded"), golden()
     assert worst(denoiser.logits(data["input_ids"]), data["logits"]) <= TOLERANCE
-    monkeypatch.setattr(module, "SHARD_BYTES", 250_000)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 250_000)
     denoiser.save(tmp_path / "again")
     files = sorted(path.name for path in (tmp_path / "again").glob("*.safetensors"))
     assert files == [f"model-{i}-of-00003.safetensors" for i in ("00001", "00002", "00003")]
@@ -172,7 +174,7 @@ def test_shards_load_and_are_written_again(tmp_path: Path, monkeypatch: pytest.M
     again = load(tmp_path / "again")
     assert worst(again.logits(data["input_ids"]), data["logits"]) <= TOLERANCE
     # One file replaces them all: what is left of the shards would be read instead of it.
-    monkeypatch.setattr(module, "SHARD_BYTES", 5 << 30)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 5 << 30)
     with torch.no_grad():
         again.model.model.norm.weight.add_(1)
     again.save(tmp_path / "again")
@@ -197,7 +199,7 @@ def test_bfloat16_is_a_choice_at_loading(tmp_path: Path) -> None:
     assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
     full.model.to(torch.bfloat16)
-    with pytest.raises(SelfCheckError, match=r"RoPE frequencies are torch.bfloat16; load with dtype="):
+    with pytest.raises(SelfCheckError, match=r"RoPE's inv_freq is torch.bfloat16; load with dtype="):
         self_check(full)
 
 
@@ -207,19 +209,18 @@ def test_weights_exist_once(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None
     read: dict[str, Tensor] = {}
     made: list[set[str]] = []
 
-    def reading(*arguments: Any) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in original(*arguments):
-            read[name] = tensor
-            yield name, tensor
+    def reading(*arguments: Any) -> dict[str, Tensor]:
+        read.update(original(*arguments))
+        return dict(read)
 
     class Watched(LlamaForCausalLM):
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             made.append({parameter.device.type for parameter in self.parameters()})
 
-    original = module._read_weights
-    monkeypatch.setattr(module, "_read_weights", reading)
-    monkeypatch.setattr(module, "LlamaForCausalLM", Watched)
+    original = module.read_state
+    monkeypatch.setattr(module, "read_state", reading)
+    monkeypatch.setitem(module.CLASSES, "llama", (LlamaConfig, Watched))
     denoiser = load(dtype=dtype)
     assert made == [{"meta"}]
     state = denoiser.model.state_dict()
@@ -294,7 +295,7 @@ def test_an_mlp_width_of_null_is_the_ratio_times_the_width() -> None:
     assert config.intermediate_size == 4 * 4096
 
 
-@pytest.mark.parametrize("mask_token_id", [0, 379])
+@pytest.mark.parametrize("mask_token_id", [258, 379])
 def test_a_mask_id_given_by_hand_is_saved(tmp_path: Path, mask_token_id: int) -> None:
     denoiser = load(mask_token_id=mask_token_id)
     assert denoiser.family.mask_token_id == mask_token_id

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unmask.policies import denoiser as module
-from unmask.policies.denoiser import Denoiser, load_denoiser
-from unmask.policies.families import LLADA, CheckpointError
+from unmask.policies import loading as module
+from unmask.policies.denoiser import Denoiser
+from unmask.policies.families import LLADA
+from unmask.policies.layout import CheckpointError
+from unmask.policies.loading import load_denoiser
 from unmask.policies.selfcheck import SelfCheckError, self_check
 from unmask.policies.tokenizers import byte_tokenizer
 
@@ -120,10 +122,9 @@ def test_damaged_folders(folder: Path, damage: Callable[[Path], Any], message: s
 
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"architectures": ["GPT2LMHeadModel"]}, r"\['GPT2LMHeadModel'\] belong to no known family \(llada\)"),
-    ({"architectures": None}, r"architectures None belong to no known family"),
-    ({"architectures": ...}, r"architectures None belong to no known family"),
-    ({"mask_token_id": ...}, r"config.json has no mask_token_id; pass mask_token_id="),
+    ({"architectures": ["GPT2LMHeadModel"]}, r"\['GPT2LMHeadModel'\] belong to no known family \(llada, "),
+    ({"architectures": None}, r"architectures \[\] belong to no known family"),
+    ({"architectures": ...}, r"architectures \[\] belong to no known family"),
     ({"mask_token_id": 384}, r"mask_token_id 384 lies outside the embedding's 384 rows"),
     ({"mask_token_id": -1}, r"mask_token_id -1 lies outside the embedding's 384 rows"),
     ({"mask_token_id": 371}, r"mask_token_id 371 equals the EOS id"),
@@ -224,7 +225,7 @@ def test_a_sound_model_passes_and_is_left_as_it_was(loaded: Denoiser) -> None:
     loaded.model.train()
     state = torch.get_rng_state()
     report = self_check(loaded)
-    assert set(report) == {"bidirectional", "padding neutral", "mask id", "embedding", "RoPE"}
+    assert set(report) == {"bidirectional", "padding neutral", "mask id", "embedding", "RoPE", "alignment"}
     assert report["mask id"] == "380 of 384 rows, EOS [371]"
     assert loaded.model.training
     assert torch.equal(torch.get_rng_state(), state)
@@ -248,7 +249,7 @@ def test_a_causal_model_is_refused(loaded: Denoiser, monkeypatch: pytest.MonkeyP
 
 def test_padding_that_is_attended_is_refused(loaded: Denoiser) -> None:
     class Careless(Denoiser):
-        def hidden(self, input_ids_BT: torch.Tensor, *, padding_mask_BT: torch.Tensor | None = None) -> torch.Tensor:
+        def hidden(self, input_ids_BT: torch.Tensor, **ignored: Any) -> torch.Tensor:
             return super().hidden(input_ids_BT)
 
     careless = Careless(loaded.model, loaded.family, loaded.tokenizer, loaded.vendor_config)

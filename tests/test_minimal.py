@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from unmask.policies.denoiser import Denoiser, load_denoiser
+from unmask.policies.denoiser import Denoiser
+from unmask.policies.loading import load_denoiser
 from unmask.policies.tokenizers import byte_tokenizer, prompt_ids
 from unmask.recipes import minimal, tasks
 from unmask.rewards.mathematics import judge_arithmetic

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from unmask.policies.denoiser import Denoiser, new_denoiser
+from unmask.policies.denoiser import Denoiser
+from unmask.policies.loading import new_denoiser
 from unmask.recipes.registry import SLOTS
 from unmask.rl.objective import Objective, build_objective
 from unmask.rollouts.sampler import build_sampler, denoise

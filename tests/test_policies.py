@@ -8,18 +8,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from unmask.policies.denoiser import Denoiser, load_denoiser, new_denoiser
-from unmask.policies.families import CheckpointError
+from unmask.policies.denoiser import Denoiser
+from unmask.policies.layout import CheckpointError
+from unmask.policies.loading import load_denoiser, new_denoiser
 from unmask.policies.reference import AdapterOff, build_reference
 from unmask.policies.selfcheck import self_check
+from unmask.policies.templates import TEMPLATES
 from unmask.policies.tokenizers import (
     BYTE_TEMPLATE,
-    LLADA_TEMPLATE,
     byte_symbols,
     byte_tokenizer,
     completion_ids,
     load_tokenizer,
     prompt_ids,
+    read_tokenizer,
 )
 from unmask.recipes.registry import RecipeError
 
@@ -120,7 +122,7 @@ def test_a_saved_tokenizer_is_the_same(tmp_path: Path) -> None:
 
 def test_folders_without_tokenizer_files_get_bytes_when_the_ids_fit(tmp_path: Path) -> None:
     family = new_denoiser(**SIZE).family
-    assert load_tokenizer(tmp_path, family).get_vocab() == byte_tokenizer().get_vocab()
+    assert load_tokenizer(tmp_path, None, family, "llada").get_vocab() == byte_tokenizer().get_vocab()
 
 
 # --- LLaDA's template ------------------------------------------------------------------------------------------------
@@ -144,11 +146,11 @@ def llada_tokenizer(tmp_path: Path):
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(tmp_path)
-    return load_tokenizer(tmp_path, new_denoiser(**SIZE).family)
+    return load_tokenizer(tmp_path, read_tokenizer(tmp_path), new_denoiser(**SIZE).family, "llada")
 
 
 def test_llada_template(llada_tokenizer) -> None:
-    assert llada_tokenizer.chat_template == LLADA_TEMPLATE
+    assert llada_tokenizer.chat_template == TEMPLATES["llada"].jinja
     assert llada_tokenizer.apply_chat_template(TALK, tokenize=False) == LLADA_TEXT
     prompt = llada_tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
     assert prompt == LLADA_TEXT + LLADA_HEADER

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from unmask.policies.denoiser import Denoiser, new_denoiser
+from unmask.policies.denoiser import Denoiser
+from unmask.policies.loading import new_denoiser
 from unmask.policies.tokenizers import byte_tokenizer, prompt_ids
 from unmask.recipes.registry import RecipeError
 from unmask.rewards.scoring import RewardTable

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from unmask.policies.denoiser import Denoiser, new_denoiser
+from unmask.policies.denoiser import Denoiser
+from unmask.policies.loading import new_denoiser
 from unmask.recipes.registry import SLOTS
 from unmask.rollouts.categorical import log_probs
 from unmask.rollouts.sampler import Sampler, build_sampler, denoise, window_logits

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unmask.policies.families import Family
+from unmask.policies.layout import Family
 from unmask.rollouts.sampler import LogitError, Sampler, build_sampler, denoise
 from unmask.rollouts.schedules import Quota
 from unmask.rollouts.trajectory import GIVEN, SAMPLED, Trajectory

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from unmask.policies.denoiser import Denoiser, new_denoiser
+from unmask.policies.denoiser import Denoiser
+from unmask.policies.loading import new_denoiser
 from unmask.policies.tokenizers import byte_tokenizer
 from unmask.rl import sft
 from unmask.rl.sft import SftBatches, SftTrainer, Source, corrupt, only_item

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from unmask.policies.adapters import attach_adapter, lora_config
-from unmask.policies.denoiser import new_denoiser
+from unmask.policies.loading import new_denoiser
 from unmask.rl.optimizers import Together, build_optimizer
 
 SIZE = {"hidden_size": 16, "layers": 1, "heads": 2, "mlp": 32}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from unmask.policies.denoiser import load_denoiser
+from unmask.policies.loading import load_denoiser
 from unmask.recipes.loading import parse_recipe
 from unmask.recipes.registry import RecipeError
 from unmask.rl import sft_run

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from unmask.policies.denoiser import load_denoiser
+from unmask.policies.loading import load_denoiser
 from unmask.recipes.loading import load_recipe
 from unmask.recipes.schema import Recipe
 from unmask.rl import run

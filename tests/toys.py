@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from unmask.policies.families import Family
+from unmask.policies.layout import Family
 from unmask.rollouts.trajectory import GIVEN, PAD, SAMPLED, Trajectory
 
 V, L = 3, 3

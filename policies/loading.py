@@ -1,0 +1,294 @@
+"""Loading a denoiser: a folder, hub id or `unmask:tiny` onto its stock class, on the meta device first."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from . import conversion
+from .denoiser import Denoiser
+from .layout import CheckpointError, Family, Layout
+from .resolving import check_config, find_layout, read_config, resolve_family
+from .saving import INDEX, llada_vendor_config
+from .selfcheck import self_check
+from .tokenizers import byte_tokenizer, check_mask_token, load_tokenizer, read_tokenizer
+
+logger = logging.getLogger(__name__)
+TINY = "unmask:tiny"
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "glm4_moe": (Glm4MoeConfig, Glm4MoeForCausalLM),
+    "modernbert": (ModernBertConfig, ModernBertForMaskedLM),
+}
+FP32 = ("e_score_correction_bias",)  # decides between experts, whose order bfloat16 would change
+
+
+def tiny_folder() -> Path:
+    """Return the folder of the shipped tiny model."""
+    return Path(__file__).resolve().parent.parent / "recipes" / "tiny"
+
+
+def resolve_path(path: str) -> Path:
+    """Return the local folder of a path, `unmask:tiny` or a hub id (downloaded without code files)."""
+    if path == TINY:
+        folder = tiny_folder()
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"'{TINY}' is missing from this installation ({folder}); run `unmask sft tiny_sft.yaml`."
+            )
+        return folder
+    if Path(path).expanduser().is_dir():
+        return Path(path).expanduser()
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise CheckpointError(f"model.path: there is no folder '{path}' (a hub id looks like OWNER/NAME).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"model.path: '{path}' is no local folder and the hub did not give it ({reason})."
+        ) from error
+
+
+def stock_config(layout: Layout, vendor: dict[str, Any], attention: str | None = None) -> PreTrainedConfig:
+    """Return the stock config: bidirectional, and without pad_token_id, which would zero that row's gradient."""
+    try:
+        config = stock_classes(layout, vendor)[0](**layout.stock_config(vendor), pad_token_id=None)
+    except KeyError as error:
+        raise CheckpointError(f"config.json has no {error}, which family '{layout.name}' needs.") from error
+    except (TypeError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json: {' '.join(str(error).split())}") from error
+    config.is_causal = False
+    config.use_cache = False
+    if attention is not None:
+        if layout.attention == "block_causal" and attention.startswith("flash"):
+            raise CheckpointError(
+                f"model.attention: {attention} takes no block mask, which '{layout.name}' needs; use sdpa."
+            )
+        config._attn_implementation = attention
+    return config
+
+
+def stock_classes(layout: Layout, vendor: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the stock (config class, model class); raises CheckpointError for a backbone that is not among CLASSES."""
+    name = layout.stock or str(vendor.get("model_type", "")).removeprefix("a2d-")
+    if name not in CLASSES:
+        raise CheckpointError(f"config.json: model_type '{name}' is no known backbone ({', '.join(CLASSES)}).")
+    return CLASSES[name]
+
+
+def load_denoiser(
+    path: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    family: str | None = None,
+    attention: str | None = None,
+    mask_token_id: int | None = None,
+    block_length: int | None = None,
+    context: int | None = None,
+    quantization: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Denoiser:
+    """Load a checkpoint folder, hub id or `unmask:tiny` onto its stock class, then prove what it must satisfy.
+
+    `mask_token_id` and `block_length` stand in for what a published config.json lacks. `context` rescales RoPE for
+    sequences of that many tokens (`ntk_theta`). `quantization` "4bit" stores the linear layers as NF4 (extra `4bit`).
+    Raises CheckpointError on unknown families, pickle weights, truncated shards, missing, extra or misshapen tensors
+    and bad ids; SelfCheckError when the model does not attend as its family does.
+    """
+    folder = resolve_path(path)
+    vendor = read_config(folder)
+    layout = find_layout(vendor, family)
+    check_config(vendor, layout)
+    tokenizer = tokenizer or read_tokenizer(folder)
+    resolved = resolve_family(vendor, layout, mask_token_id, block_length=block_length, tokenizer=tokenizer)
+    tokenizer = load_tokenizer(folder, tokenizer, resolved, layout.template)
+    check_mask_token(tokenizer, resolved)
+    config = stock_config(layout, vendor, attention)
+    if context is not None:
+        config.rope_parameters["rope_theta"] = ntk_theta(config, context)
+    torch_dtype = getattr(torch, dtype)
+    with torch.device("meta"):
+        model = stock_classes(layout, vendor)[1](config).to(torch_dtype)
+    state = read_state(folder, layout, config, torch_dtype, "cpu" if quantization else device)
+    _check_keys(model, state, layout, folder)
+    if quantization:
+        model = _quantized(type(model), config, state, torch_dtype, device, quantization)
+    else:
+        _fill(model, state, config, device)
+    model.config.dtype = torch_dtype
+    vendor = {**vendor, "mask_token_id": resolved.mask_token_id}
+    if resolved.block_length is not None:
+        vendor.setdefault("block_size", resolved.block_length)
+    denoiser = Denoiser(model.eval(), resolved, tokenizer, vendor)
+    self_check(denoiser)
+    return denoiser
+
+
+def ntk_theta(config: Any, context: int) -> float:
+    """Return RoPE's base for `context` tokens: theta x ceil((context / 2 pi)^(d / d_c) / theta).
+
+    d is the head's dimension and d_c = 2 ceil(d/2 log_theta(trained / 2 pi)) those dimensions that saw a whole turn in
+    training (LongLLaDA, Liu et al. 2025, section 4; it gives 4, 14, 31, 55 for LLaDA-8B at 8k, 16k, 24k, 32k).
+    """
+    trained, theta = config.max_position_embeddings, config.rope_parameters["rope_theta"]
+    if context <= trained:
+        return theta
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    critical = 2 * math.ceil(size / 2 * math.log(trained / (2 * math.pi), theta))
+    return theta * math.ceil((context / (2 * math.pi)) ** (size / critical) / theta)
+
+
+def new_denoiser(
+    *,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    mlp: int,
+    max_length: int = 512,
+    rope_theta: float = 1e4,
+    seed: int = 0,
+) -> Denoiser:
+    """Return a randomly initialised denoiser in LLaDA's shape with the byte tokenizer (weights keyed by `seed`)."""
+    if hidden_size % heads or (hidden_size // heads) % 2:
+        raise CheckpointError(f"model.init: hidden_size {hidden_size} must be an even multiple of heads {heads}.")
+    tokenizer = byte_tokenizer()
+    family = Family("llada", len(tokenizer), tokenizer.mask_token_id, (tokenizer.eos_token_id,))
+    config = LlamaConfig(
+        vocab_size=family.vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=max_length,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    config.is_causal = False
+    config.use_cache = False
+    # The constructor draws from the global generator what is overwritten below.
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                # Residual branches shrink with depth, so that the stream's variance does not grow with it.
+                deep = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.normal_(0.0, 0.02 / ((2 * layers) ** 0.5 if deep else 1.0), generator=generator)
+    vendor = llada_vendor_config(model.config, family)
+    return Denoiser(model.eval(), family, tokenizer, vendor)
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder / INDEX}: not an index of shards; download it again.") from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{folder}: shard '{missing[0]}' of {len(names)} is missing; download it again.")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise CheckpointError(f"{folder}: only pickle weights are here; unmask reads safetensors only (convert them).")
+    raise CheckpointError(f"{folder}: there is no model.safetensors and no {INDEX}.")
+
+
+def read_state(folder: Path, layout: Layout, config: Any, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Return the stock state dict of a folder's shards, in `dtype` on `device`."""
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for shard in _shards(folder):
+            try:
+                with safe_open(shard, framework="pt", device=device) as file:
+                    for key in file.keys():  # noqa: SIM118 (safe_open is not iterable)
+                        yield key, file.get_tensor(key)
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{shard}: damaged or truncated safetensors ({error}); download it again."
+                ) from error
+
+    named = conversion.to_stock(layout, config, tensors())
+    return {key: value.to(torch.float32 if key.endswith(FP32) else dtype) for key, value in named}
+
+
+def _fill(model: Any, state: dict[str, Tensor], config: Any, device: str) -> None:
+    """Give a model on the meta device its weights and buffers, without a second copy."""
+    # A tied head is not stored; every other name has been checked.
+    model.load_state_dict(state, assign=True, strict=False)
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    # Buffers such as RoPE's inv_freq are not stored and must stay fp32: they are made anew, not cast.
+    trunk = model.base_model
+    with torch.device(device):
+        trunk.rotary_emb = type(trunk.rotary_emb)(config)
+
+
+def _quantized(kind: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype, device: str, name: str) -> Any:
+    """Return the model with its linear layers in 4 bits (NF4, QLoRA: Dettmers et al. 2023)."""
+    if name != "4bit":
+        raise CheckpointError(f"model.quantization: '{name}' is not 4bit.")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError("model.quantization: 4bit needs bitsandbytes; pip install 'unmask[4bit]'.") from error
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    options: dict[str, Any] = {"quantization_config": quantization, "device_map": {"": device}, "dtype": dtype}
+    return kind.from_pretrained(None, config=config, state_dict=state, **options)
+
+
+def _check_keys(model: Any, state: dict[str, Tensor], layout: Layout, folder: Path) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        for head in ("lm_head.weight", "decoder.weight"):
+            wanted.pop(head, None)
+            state.pop(head, None)
+    for names, what in ((wanted.keys() - state.keys(), "are missing"), (state.keys() - wanted.keys(), "fit nothing")):
+        if names:
+            first = min(map(layout.to_vendor, names))
+            raise CheckpointError(f"{folder}: {len(names)} tensors {what}, first '{first}'; is it another family?")
+    for name, shape in wanted.items():
+        found = tuple(state[name].shape)
+        if found != shape:
+            raise CheckpointError(f"{folder}: '{layout.to_vendor(name)}' has shape {found}, config.json says {shape}.")

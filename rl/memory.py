@@ -1,0 +1,177 @@
+"""What a recipe needs of a device's memory, counted on the meta device: no weights are read, nothing is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import AttentionInterface
+
+from ..policies.adapters import attach_adapter, lora_config
+from ..policies.denoiser import Denoiser
+from ..policies.layout import CheckpointError, Family, Layout
+from ..policies.loading import TINY, stock_classes, stock_config, tiny_folder
+from ..policies.published import CONFIGS
+from ..policies.resolving import BLOCK_FIELDS, find_layout, read_config
+from ..recipes.schema import Recipe
+from .settings import quiet_peft
+
+COUNTED = "unmask_counted"
+NF4_BYTES = 0.5 + 4 / 64  # half a byte a weight, and an fp32 absmax for 64 of them
+ADAM_BYTES = 8  # two fp32 moments
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by what holds them; `total` is the peak of an update, which rollouts stay below unless they say so."""
+
+    weights: int
+    adapter: int
+    optimizer: int
+    activations: int
+    rollout: int
+
+    @property
+    def total(self) -> int:
+        """The larger of update and rollout, in bytes."""
+        return self.weights + self.adapter + self.optimizer + max(self.activations, self.rollout)
+
+
+def estimate(recipe: Recipe) -> Estimate | None:
+    """Return the memory a recipe needs, or None for a hub model whose sizes are not known before it is downloaded."""
+    vendor = known_config(recipe.model.path)
+    if vendor is None:
+        return None
+    denoiser = on_meta(recipe, vendor)
+    parameters = list(denoiser.model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    adapted = isinstance(denoiser.model, PeftModel)
+    frozen = [p for p in parameters if not p.requires_grad] if adapted else parameters
+    own = _bytes(trained) if adapted else 0
+    rows, tokens = recipe.objective.chunk, recipe.rollout.prompt_limit + recipe.rollout.canvas
+    scored = rows * _scored(recipe)
+    vocabulary = denoiser.family.vocab_size
+    open_positions = recipe.rollout.micro_batch * _window(recipe)
+    return Estimate(
+        weights=_quantized(denoiser) if recipe.model.quantization else _bytes(frozen),
+        adapter=own,
+        optimizer=sum(p.numel() for p in trained) * ADAM_BYTES + _bytes(trained),  # moments and gradients
+        activations=saved_bytes(denoiser, rows, tokens, scored) + 3 * scored * vocabulary * 4,
+        rollout=4 * open_positions * vocabulary * 4,
+    )
+
+
+def known_config(path: str) -> dict[str, Any] | None:
+    """Return the config.json of a local folder, or the published one of a known hub id."""
+    if path == TINY:
+        return read_config(tiny_folder())
+    folder = Path(path).expanduser()
+    return read_config(folder) if folder.is_dir() else CONFIGS.get(path)
+
+
+def on_meta(recipe: Recipe, vendor: dict[str, Any]) -> Denoiser:
+    """Return the recipe's denoiser with its adapter on the meta device."""
+    section = recipe.model
+    layout = find_layout(vendor, section.family)
+    config = stock_config(layout, vendor)
+    config._attn_implementation = COUNTED
+    with torch.device("meta"):
+        model = stock_classes(layout, vendor)[1](config).to(getattr(torch, section.dtype))
+    denoiser = Denoiser(model, _family(layout, vendor, recipe), None)  # type: ignore[arg-type]
+    if section.lora is None:
+        return denoiser
+    with quiet_peft():
+        return attach_adapter(denoiser, lora_config(denoiser, **section.lora.model_dump()))
+
+
+def _family(layout: Layout, vendor: dict[str, Any], recipe: Recipe) -> Family:
+    found = [recipe.model.block_length, *(vendor.get(name) for name in BLOCK_FIELDS)]
+    block = next((value for value in found if value is not None), None)
+    if layout.attention == "block_causal" and block is None:
+        raise CheckpointError(f"model.block_length: block-causal family '{layout.name}' needs one; set it.")
+    return Family(
+        name=layout.name,
+        vocab_size=vendor.get("embedding_size") or vendor["vocab_size"],
+        mask_token_id=0,
+        eos_token_ids=(),
+        attention=layout.attention,
+        block_length=block if layout.attention == "block_causal" else None,
+        lora_targets=layout.lora_targets,
+        mixture=layout.experts,
+    )
+
+
+def _scored(recipe: Recipe) -> int:
+    """Return how many tokens of a view are scored at most: a step's quota, where it is fixed, else the whole window."""
+    schedule, selection = recipe.rollout.sampler.schedule, recipe.rollout.sampler.selection["name"]
+    if recipe.objective.estimator["name"] == "trace" and selection == "top" and schedule.get("per_step"):
+        return int(schedule["per_step"])
+    return _window(recipe)
+
+
+def _window(recipe: Recipe) -> int:
+    schedule = recipe.rollout.sampler.schedule
+    return int(schedule.get("size") or recipe.rollout.canvas)
+
+
+def _bytes(tensors: list[Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _quantized(denoiser: Denoiser) -> int:
+    """Return the bytes of a 4-bit base: linear layers other than the head in NF4, the rest as it is."""
+    head = denoiser.base.get_output_embeddings()
+    linear = [m for m in denoiser.base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    adapters = {id(m) for n, m in denoiser.base.named_modules() if "lora_" in n}
+    small = [m.weight for m in linear if id(m) not in adapters]
+    known = {id(p) for p in small}
+    rest = [p for p in denoiser.model.parameters() if not p.requires_grad and id(p) not in known]
+    return int(sum(p.numel() for p in small) * NF4_BYTES) + _bytes(rest)
+
+
+class _Flash(torch.autograd.Function):
+    """Attention as a fused kernel holds it: q, k, v, the output and a log-sum-exp a query; no T x T matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        raise NotImplementedError("counting only")
+
+
+def _counted(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    return _Flash.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(COUNTED, _counted)
+
+
+def saved_bytes(denoiser: Denoiser, rows: int, tokens: int, scored: int) -> int:
+    """Return the bytes that autograd holds after the forward of one chunk: `rows` views, `scored` tokens of them."""
+    kept: list[Tensor] = []
+    parameters = {StorageWeakRef(p.untyped_storage()).cdata for p in denoiser.model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ids_BT = torch.empty(rows, tokens, dtype=torch.long)
+        hidden_BTD = denoiser.hidden(ids_BT)
+        hidden_KD = hidden_BTD.flatten(0, 1)[torch.empty(scored, dtype=torch.long)]
+        logp_KV = F.log_softmax(denoiser.head(hidden_KD), dim=-1)
+        logp_KV.gather(1, torch.empty(scored, 1, dtype=torch.long)).sum()
+    storages = {StorageWeakRef(t.untyped_storage()).cdata: t.untyped_storage().nbytes() for t in kept}
+    return sum(size for storage, size in storages.items() if storage not in parameters)

@@ -1,0 +1,128 @@
+"""From an autoregressive checkpoint to a denoiser, and from a run to a model folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from typer.testing import CliRunner
+
+from unmask.policies.convert import convert
+from unmask.policies.layout import CheckpointError
+from unmask.policies.loading import load_denoiser
+from unmask.policies.tokenizers import byte_tokenizer
+from unmask.rl import run
+from unmask.rl.cli import app
+from unmask.rl.export import export
+from unmask.rl.runfolder import RunError
+
+sys.path.append(str(Path(__file__).parent))
+import shortrun
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(params=["llama", "qwen3"])
+def autoregressive(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A model without a mask token whose embedding has exactly its tokens, tied as small models' are."""
+    tokenizer = byte_tokenizer()
+    tokenizer.mask_token = None
+    common: dict[str, Any] = {**SIZES, "vocab_size": 261, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if request.param == "llama":
+            model: Any = LlamaForCausalLM(LlamaConfig(**common))
+        else:
+            model = Qwen3ForCausalLM(Qwen3Config(**common, head_dim=16))
+    model.save_pretrained(tmp_path / "ar")
+    tokenizer.save_pretrained(tmp_path / "ar")
+    return tmp_path / "ar"
+
+
+@torch.no_grad()
+def test_a_converted_model_is_the_old_one_that_looks_both_ways(autoregressive: Path, tmp_path: Path) -> None:
+    denoiser = convert(str(autoregressive), tmp_path / "full")
+    old = type(denoiser.model).from_pretrained(autoregressive)
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    bidirectional = old(ids, is_causal=False).logits
+    assert torch.allclose(denoiser.logits(ids)[..., :261], bidirectional, atol=1e-5)
+    assert not torch.allclose(denoiser.logits(ids)[..., :261], old(ids).logits, atol=1e-2)
+    assert denoiser.family.mask_token_id == denoiser.tokenizer.mask_token_id
+    weights = denoiser.model.get_input_embeddings().weight
+    assert weights.shape[0] >= denoiser.family.mask_token_id + 1
+    # Blocks of one token are the autoregressive model; with the shift kept, its very predictions.
+    blocks = convert(str(autoregressive), tmp_path / "b", attention="block_causal", block_length=1, logit_shift=1)
+    assert torch.allclose(blocks.logits(ids)[:, 1:, :261], old(ids).logits[:, :-1], atol=1e-5)
+    assert load_denoiser(str(tmp_path / "b")).family == blocks.family
+
+
+@pytest.mark.parametrize("attention", ["full", "block_causal"])
+def test_a_converted_model_is_trained(autoregressive: Path, tmp_path: Path, attention: str) -> None:
+    options = {"attention": attention, "block_length": 4 if attention == "block_causal" else None}
+    convert(str(autoregressive), tmp_path / "d", **options)
+    recipe = tmp_path / "sft.yaml"
+    recipe.write_text(
+        f"kind: sft\nname: conv\nmodel: {{path: '{tmp_path / 'd'}'}}\n"
+        "tasks: [{task: {name: arithmetic, operations: [1, 2]}, canvas: 32}]\n"
+        "sft: {batch: 8, mask: late, half_life: 0.3}\noptim: {lr: 3.0e-3, steps: 30}\n"
+        f"evaluation: {{problems: 4}}\nrun: {{directory: '{tmp_path}', save_every: 0}}\n"
+    )
+    result = CliRunner().invoke(app, ["sft", str(recipe)], catch_exceptions=False)
+    assert result.exit_code == 0
+    state = json.loads((tmp_path / "conv" / "summary.json").read_text())
+    assert 0 < state["loss"] < 5.0
+    trained = load_denoiser(str(tmp_path / "conv" / "model"))
+    assert trained.family.attention == attention
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": "causal"}, "attention 'causal' is neither full nor block_causal"),
+        ({"attention": "block_causal"}, "--block-length goes with --attention block_causal"),
+        ({"block_length": 4}, "--block-length goes with --attention block_causal"),
+        ({"attention": "block_causal", "block_length": 0}, "block length 0 must be at least 1"),
+        ({"logit_shift": 2}, "logit shift 2 is neither 0"),
+    ],
+)
+def test_contradictory_conversions(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        convert("nowhere", tmp_path / "d", **options)
+    assert not (tmp_path / "d").exists()
+
+
+def test_what_cannot_be_converted(tmp_path: Path) -> None:
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(CheckpointError, match="holds no safetensors; pickle weights are not read"):
+        convert(str(tmp_path / "gpt"), tmp_path / "d")
+    (tmp_path / "gpt" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="model_type 'gpt2' is not among llama, qwen2, qwen3"):
+        convert(str(tmp_path / "gpt"), tmp_path / "d")
+    with pytest.raises(CheckpointError, match="there is no file"):
+        convert(str(tmp_path / "model.gguf"), tmp_path / "d")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        convert(str(tmp_path / "gpt"), tmp_path / "gpt")
+
+
+def test_an_autoregressive_folder_is_not_taken_for_a_denoiser(autoregressive: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is an autoregressive model; `unmask convert` makes a denoiser of it"):
+        load_denoiser(str(autoregressive))
+
+
+@pytest.mark.parametrize("layout", ["vendor", "stock"])
+def test_an_adapter_is_merged_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    shortrun.save_model(tmp_path / "model")
+    run.train(shortrun.recipe(tmp_path / "model", "name=r", "model.lora.rank=2", "optim.steps=2", "optim.lr=0.05"))
+    report = export("runs/r", tmp_path / "out", layout=layout)
+    assert report["merged_minus_adapter"] <= 1e-5 * report["scale"] < report["adapter_minus_base"]
+    assert report["written_minus_merged"] == 0.0
+    assert load_denoiser(str(tmp_path / "out")).family.name == ("llada" if layout == "vendor" else "stock")
+    with pytest.raises(RunError, match="is not empty; name a new folder"):
+        export("runs/r", tmp_path / "out")

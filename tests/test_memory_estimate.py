@@ -1,0 +1,114 @@
+"""The memory estimate of `unmask check` against what autograd really holds on small shapes, and published sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unmask.policies.adapters import attach_adapter, lora_config
+from unmask.policies.families import LLADA
+from unmask.policies.loading import ntk_theta, stock_config
+from unmask.policies.published import CONFIGS
+from unmask.policies.resolving import read_config
+from unmask.recipes.loading import load_recipe
+from unmask.recipes.schema import Recipe
+from unmask.rl.memory import estimate, on_meta, saved_bytes
+from unmask.rl.targets import load_policy
+
+
+def recipe(*overrides: str) -> Recipe:
+    loaded = load_recipe("cj_grpo_tiny_arithmetic.yaml", ["model.device=cpu", *overrides])
+    assert isinstance(loaded, Recipe)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["model.lora=null"], ["model.dtype=bfloat16"], ["model.lora.targets=[q_proj, o_proj]"]]
+)
+def test_activations_are_what_autograd_holds(overrides: list[str]) -> None:
+    chosen = recipe(*overrides)
+    denoiser = load_policy(chosen)
+    if chosen.model.lora is not None:
+        denoiser = attach_adapter(denoiser, lora_config(denoiser, **chosen.model.lora.model_dump()))
+    else:
+        denoiser.model.train()
+    rows, tokens, scored = 6, 48, 40
+    kept: dict[int, Tensor] = {}
+    weights = {p.untyped_storage().data_ptr() for p in denoiser.model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    ids = torch.randint(0, 256, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(scored)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = denoiser.hidden(ids).flatten(0, 1)[positions]
+        loss = F.log_softmax(denoiser.head(hidden), dim=-1).gather(1, ids.flatten()[:scored, None]).sum()
+    measured = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+    loss.backward()
+    counted = saved_bytes(on_meta(chosen, read_config(Path(load_tiny()))), rows, tokens, scored)
+    assert abs(counted - measured) <= 0.05 * measured, (counted, measured)
+
+
+def load_tiny() -> str:
+    from unmask.policies.loading import tiny_folder
+
+    return str(tiny_folder())
+
+
+def test_weights_and_optimizer_are_exact() -> None:
+    chosen = recipe()
+    denoiser = load_policy(chosen)
+    base = sum(p.numel() for p in denoiser.model.parameters()) * 4
+    adapted = attach_adapter(denoiser, lora_config(denoiser, rank=16, alpha=32.0))
+    own = sum(p.numel() for p in adapted.model.parameters() if p.requires_grad) * 4
+    found = estimate(chosen)
+    assert found is not None
+    assert (found.weights, found.adapter, found.optimizer) == (base, own, 3 * own)
+    full = estimate(recipe("model.lora=null"))
+    assert full is not None and (full.weights, full.adapter, full.optimizer) == (base, 0, 3 * base)
+
+
+def test_activations_grow_with_the_chunk_and_not_with_the_steps() -> None:
+    def activations(*overrides: str) -> int:
+        found = estimate(recipe(*overrides))
+        assert found is not None
+        return found.activations
+
+    one, two = activations("objective.chunk=8"), activations("objective.chunk=16")
+    assert 1.9 < two / one < 2.1
+    assert activations("rollout.sampler.schedule={name: blocks, size: 48, per_step: 2}") == activations()
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [  # the published bytes of the checkpoints
+        ("llada8b_lora", 16_031_162_368),
+        ("dream7b_lora", 15_231_233_024),
+        ("sdar4b_lora", 8_822_848_512),
+        ("llada2_mini_lora", 32_511_286_784),
+    ],
+)
+def test_published_sizes(name: str, weights: int) -> None:
+    loaded = load_recipe(f"{name}.yaml", ["task={name: arithmetic}", "rewards=[{name: arithmetic}]"])
+    assert isinstance(loaded, Recipe)
+    found = estimate(loaded)
+    # LLaDA2's routers hold 19 x 256 biases in float32 here and in bfloat16 there.
+    assert found is not None and abs(found.weights - weights) <= 19 * 256 * 2
+    assert found.total < 80e9
+
+
+def test_an_unknown_hub_model_is_not_guessed() -> None:
+    assert estimate(recipe("model.path=someone/else")) is None
+
+
+def test_ntk_factors_are_the_papers() -> None:
+    config: Any = stock_config(LLADA, CONFIGS["GSAI-ML/LLaDA-8B-Instruct"])
+    factors = [round(ntk_theta(config, k * 1024) / 500000.0) for k in (4, 8, 16, 24, 32)]
+    assert factors == [1, 4, 14, 31, 55]
