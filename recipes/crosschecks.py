@@ -145,22 +145,20 @@ def check_sampler(sampler: SamplerSection, canvas: int, where: str, canvas_key: 
             f"{where}.selection: threshold compares a probability, score '{score}' is none; "
             "use score confidence, margin or entropy, or selection top."
         )
-    if getattr(SLOTS["selection"].get(selection), "draws_first", False) and score != "confidence":
-        raise RecipeError(
-            f"{where}.selection: '{selection}' ranks by the drawn token's confidence and ignores score '{score}'; "
-            "use score confidence or selection top."
-        )
 
 
 def _probe(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) -> None:
     """Call schedule and selection once on a blank canvas: parts check their own knobs when they are called."""
     import torch
 
-    masked_BL = torch.ones(1, canvas, dtype=torch.bool)
+    from ..rollouts.sampler import build_sampler
+    from ..rollouts.state import State
+
+    state = State.of(torch.full((1, canvas), -1), -1)
     try:
-        build = SLOTS["schedule"].build(sampler.schedule, "schedule")
-        quota = build(masked_BL, torch.zeros(1, dtype=torch.long), masked_BL.sum(1))
-        SLOTS["selection"].build(sampler.selection, "selection")(torch.zeros(1, canvas), quota)
+        built = build_sampler(sampler.model_dump())
+        state.quota = built.quota(state)
+        built.choose(state, torch.zeros(1, canvas), state.quota)
     except RecipeError as error:
         raise RecipeError(f"{where}.{error} ({canvas_key}: {canvas})") from error
 
@@ -169,13 +167,16 @@ def step_limit(sampler: SamplerSection, canvas: int) -> int:
     """Return the most denoiser calls of one rollout: the schedule is run on a blank canvas, left to right."""
     import torch
 
-    schedule = SLOTS["schedule"].build(sampler.schedule)
-    masked_BL = torch.ones(1, canvas, dtype=torch.bool)
-    steps = 0
-    while bool(masked_BL.any()):
-        quota = schedule(masked_BL, torch.tensor([steps]), torch.tensor([canvas]))
-        chosen = quota.window_BL[0].nonzero().squeeze(1)[: max(1, int(quota.count_B))]
-        masked_BL[0, chosen] = False
+    from ..rollouts.sampler import build_sampler
+    from ..rollouts.state import State
+
+    built = build_sampler(sampler.model_dump())
+    canvas_BL, steps = torch.full((1, canvas), -1), 0
+    while bool((canvas_BL < 0).any()):
+        state = State.of(canvas_BL, -1, step=steps)
+        state.open_A = torch.tensor([canvas])
+        quota = built.quota(state)
+        canvas_BL[0, quota.window_BL[0].nonzero().squeeze(1)[: int(quota.count_B)]] = 0
         steps += 1
     return steps
 

@@ -95,10 +95,31 @@ class EosSection(Section):
 class SamplerSection(Section):
     """How a canvas is unmasked."""
 
+    preset: str | None = Field(
+        None, description="row of samplers.yaml that fills what is not written (`unmask samplers`)"
+    )
     schedule: Annotated[Part, InSlot("schedule")] = Field(description="which positions are open and how many to decide")
     score: Annotated[Part, InSlot("score")] = Field({"name": "confidence"}, description="how open positions are ranked")
     selection: Annotated[Part, InSlot("selection")] = Field({"name": "top"}, description="which of them are decided")
+    remasking: Annotated[Part | None, InSlot("remasking")] = Field(None, description="which decided tokens reopen")
+    editing: Annotated[Part | None, InSlot("editing")] = Field(None, description="which decided tokens are replaced")
+    length: Annotated[Part | None, InSlot("length")] = Field(None, description="how the canvas changes its length")
+    transforms: Annotated[list[Part], InSlot("transform")] = Field(
+        default_factory=list, description="what is done to logits first, in this order"
+    )
+    cache: Annotated[Part | None, InSlot("cache")] = Field(
+        None, description="which keys and values are kept between steps; null: none, every step computes all"
+    )
     score_temperature: float = Field(1.0, gt=0, description="temperature of the distribution that scores see")
+    top_p: float = Field(1.0, gt=0, le=1, description="smallest mass of likeliest tokens that the draw keeps")
+    top_k: Int = Field(0, ge=0, description="number of likeliest tokens that the draw keeps; 0: all")
+    guidance: float = Field(
+        0.0, ge=0, description="classifier-free guidance: weight of a second call without the prompt"
+    )
+    max_steps: Count | None = Field(None, description="steps after which all is decided; null: four a position")
+    exact: bool = Field(
+        True, description="record the log-prob of positions that drawn tokens decide; false: the naive sum over tokens"
+    )
     eos: EosSection = Field(
         default_factory=lambda: EosSection.model_validate({}), description="rules for end-of-sequence tokens"
     )

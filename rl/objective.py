@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..recipes.registry import SLOTS, RecipeError
-from ..rollouts.sampler import LogitSource, Sampler
+from ..rollouts.forward import LogitSource
+from ..rollouts.sampler import Sampler
 from ..rollouts.trajectory import Trajectory
 from . import divergences, estimators, surrogates, units, weights  # noqa: F401 (importing registers the parts)
 from .diagnostics import diagnose
@@ -168,13 +169,12 @@ def _check_inputs(
     if objective.beta > 0 and reference is None:
         raise RecipeError(f"objective.beta: {objective.beta} weighs a divergence to a reference, and there is none.")
     if sampler.exact_choice and trajectory.choice_logprob_BS is None:
-        raise RecipeError("trajectory: choice_logprob_BS is missing; sample with sampled_confidence and exact: true.")
+        raise RecipeError("trajectory: choice_logprob_BS is missing; the rollout's sampler recorded none.")
 
 
 def _behaviour(views: Views) -> Tensor:
     """Return the rollout's own log-probs of the actions of `views`."""
-    trajectory = views.trajectory
-    logprob_K = trajectory.logprob_BL[views.row_K, views.position_K]
+    trajectory, logprob_K = views.trajectory, views.behaviour_K.clone()
     if views.sampler is None:
         return logprob_K
     assert trajectory.choice_logprob_BS is not None

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..rollouts.categorical import log_odds, log_probs
-from ..rollouts.sampler import LogitSource, choice_logprob, window_logits
+from ..rollouts.categorical import log_probs
+from ..rollouts.choices import Scored, choice_logprob, replayed_scores
+from ..rollouts.forward import LogitSource, window_logits
 from ..rollouts.trajectory import SAMPLED
 from .views import Views
 
@@ -41,7 +42,12 @@ def replay(denoiser: LogitSource, views: Views) -> Scores:
     asked_NL = scored_NL if views.sampler is None else views.window()
     row_N = views.row_N
     logits_WV = window_logits(
-        denoiser, trajectory.prompt_BQ[row_N], trajectory.prompt_mask_BQ[row_N], views.canvas(), asked_NL
+        denoiser,
+        trajectory.prompt_BQ[row_N],
+        trajectory.prompt_mask_BQ[row_N],
+        views.canvas(),
+        asked_NL,
+        trajectory.exists_before(row_N, views.step_N),
     )
     # Without choices every row is a scored one, and a copy of K x V numbers is saved.
     logits_KV = logits_WV if views.sampler is None else logits_WV[scored_NL[asked_NL]]
@@ -62,22 +68,27 @@ def _choices(views: Views, logits_WV: Tensor, window_NL: Tensor) -> Tensor:
     # All tokens of the step set the bar, also those behind an EOS, which are no actions.
     sampled_NL = trajectory.source_BL[views.row_N] == SAMPLED
     chosen_NL = sampled_NL & (trajectory.born_BL[views.row_N] == views.step_N[:, None])
-    score_NL = torch.full(chosen_NL.shape, -torch.inf, dtype=logits_WV.dtype, device=logits_WV.device)
+    state = views.state()
+    # The drawn tokens stand where they were drawn; elsewhere the score is not read.
+    state.canvas_AL = torch.where(chosen_NL, trajectory.tokens_BL[views.row_N], state.canvas_AL)
+    state.window_AL = window_NL
+    rank_NL = trajectory.rank_BL[views.row_N].long()
+    if not sampler.draws_first:
+        score_NL = replayed_scores(sampler, logits_WV, state, banned)
+        return choice_logprob(sampler, logits_WV, Scored(score_NL, chosen_NL, rank_NL, window_NL), banned)
     with torch.no_grad():
-        logits_MV = logits_WV.detach()[chosen_NL[window_NL]]
-        odds_MV = log_odds(log_probs(logits_MV, temperature=sampler.score_temperature, banned=banned))
-        target_M = trajectory.tokens_BL[views.row_N][chosen_NL]
-        score_NL[chosen_NL] = odds_MV.gather(1, target_M[:, None]).squeeze(1)
-    choice_N = choice_logprob(logits_WV, score_NL, chosen_NL, window_NL, sampler, banned)
+        score_NL = replayed_scores(sampler, logits_WV.detach(), state, banned)
+    scored = Scored(score_NL, chosen_NL, rank_NL, window_NL)
+    choice_N = choice_logprob(sampler, logits_WV, scored, banned)
     possible_N = choice_N > -torch.inf
     if bool(possible_N.all()) or bool(choice_N.isnan().any()):
         return choice_N
     # Every token of a position left open beats the bar now: the ratio is 0 and so is its gradient, whereas that of
     # log 0 is NaN. Only the other views are differentiated.
     kept_WV = logits_WV[possible_N[window_NL.nonzero()[:, 0]]]
-    kept = (score_NL[possible_N], chosen_NL[possible_N], window_NL[possible_N])
     index_N = possible_N.nonzero()[:, 0]
-    return torch.full_like(choice_N, IMPOSSIBLE).index_copy(0, index_N, choice_logprob(kept_WV, *kept, sampler, banned))
+    kept = choice_logprob(sampler, kept_WV, Scored(*(table[possible_N] for table in scored)), banned)
+    return torch.full_like(choice_N, IMPOSSIBLE).index_copy(0, index_N, kept)
 
 
 @torch.no_grad()

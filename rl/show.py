@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..recipes.registry import SLOTS
 from ..rewards import build_rewards
-from ..rollouts.sampler import denoise
+from ..rollouts.engine import denoise
 from ..rollouts.trajectory import Trajectory
 from ..rollouts.worker import pad_left
 from .targets import evaluation_worker, open_target

@@ -1,4 +1,8 @@
-"""Schedules: which masked positions are open to a step, and how many of them it commits."""
+"""Schedules: which masked positions are open to a step, and how many of them it commits.
+
+A schedule sees which positions are masked, the step and how many were open at the start; one that declares `state` gets
+the `State` too (None where a recorded canvas is replayed and nothing else of it is known).
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,21 @@ import torch
 from torch import Tensor
 
 from ..recipes.registry import SLOTS, RecipeError
+from .state import State
 
 schedule = SLOTS["schedule"]
 
 
 class Quota(NamedTuple):
-    """`window_BL`: positions that may be committed at this step; `count_B`: how many, before the selection's say."""
+    """What a schedule opens to a step.
+
+    `window_BL`: masked positions that may be committed; `count_B`: how many, before the selection's say; `region_BL`:
+    the positions, decided ones included, that the step works on (None: the canvas).
+    """
 
     window_BL: Tensor
     count_B: Tensor
+    region_BL: Tensor | None = None
 
 
 @schedule.register
@@ -53,23 +63,33 @@ def blocks(
     size: int,
     per_step: int | None = None,
     steps: int | None = None,
+    state: State | None = None,
 ) -> Quota:
     """Blocks of `size` from left to right, each finished before the next (semi-autoregressive, LLaDA section 2.4).
 
     `per_step` tokens a step, or `steps` for the whole canvas: then a block takes S_b = steps // (L / size) steps of
-    n_j = size // S_b + [j < size mod S_b] tokens.
+    n_j = size // S_b + [j < size mod S_b] tokens. Where a block of a block-causal family holds the prompt's last tokens
+    and the canvas's first, the blocks keep to the family's borders.
     """
     length = masked_BL.shape[1]
     check_blocks(length, size=size, per_step=per_step, steps=steps)
-    grid_BNM = masked_BL.view(masked_BL.shape[0], length // size, size)
-    first_B = grid_BNM.any(dim=2).to(torch.int8).argmax(dim=1)
-    block_L = torch.arange(length, device=masked_BL.device) // size
-    window_BL = masked_BL & (block_L == first_B[:, None])
+    region_BL = first_block(masked_BL, size, state)
+    window_BL = masked_BL & region_BL
     left_B = window_BL.sum(1)
     if per_step is not None:
-        return Quota(window_BL, left_B.clamp(max=per_step))
+        return Quota(window_BL, left_B.clamp(max=per_step), region_BL)
     assert steps is not None
-    return Quota(window_BL, _block_table(size, steps // (length // size)).to(left_B.device)[left_B])
+    count_B = _block_table(size, steps // (length // size)).to(left_B.device)[left_B]
+    return Quota(window_BL, count_B, region_BL)
+
+
+def first_block(masked_BL: Tensor, size: int, state: State | None) -> Tensor:
+    """Return the positions of each row's first block that has a mask."""
+    place_L = torch.arange(masked_BL.shape[1], device=masked_BL.device)
+    offset_B = masked_BL.new_zeros(len(masked_BL), dtype=torch.long) if state is None else state.offset_A
+    block_BL = (place_L + offset_B[:, None]) // size
+    first_B1 = torch.where(masked_BL, block_BL, masked_BL.shape[1]).amin(dim=1, keepdim=True)
+    return block_BL == first_B1
 
 
 def check_blocks(length: int, *, size: int, per_step: int | None, steps: int | None) -> None:

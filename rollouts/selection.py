@@ -1,7 +1,9 @@
 """Selections: which of the scored positions a step commits.
 
-A selection sees `score_BL` (-inf outside the window) and the quota and returns `chosen_BL`. The engine keeps every
-selection inside the window and makes it commit at least one position a live row, so none can hang the loop.
+A selection sees `score_BL` (-inf outside the window) and the quota and returns `chosen_BL`; one that declares `state`
+gets the `State` too. The engine keeps every selection inside the window and makes it commit at least one position a
+live row, so none can hang the loop. `bar(score, chosen)` is the score that positions left open stayed below, which
+gives drawn scores their exact log-probability; `order_logprob` is the log-probability of a random order.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..recipes.registry import SLOTS, RecipeError
-from .categorical import log_odds, log_probs
 from .schedules import Quota
 
 selection = SLOTS["selection"]
@@ -31,6 +32,23 @@ def top(score_BL: Tensor, quota: Quota) -> Tensor:
     return (rank(score_BL) < quota.count_B[:, None]) & quota.window_BL
 
 
+def _lowest(score_BL: Tensor, chosen_BL: Tensor) -> Tensor:
+    """Return the lowest chosen score of each row: what a position that was left open stayed below."""
+    return torch.where(chosen_BL, score_BL, torch.inf).amin(dim=1)
+
+
+top.bar = _lowest  # type: ignore[attr-defined]
+
+
+@selection.register
+def all_(score_BL: Tensor, quota: Quota) -> Tensor:
+    """Every open position of the window; for remaskings that take back what exceeds the quota."""
+    return quota.window_BL
+
+
+all_.bar = _lowest  # type: ignore[attr-defined]
+
+
 @selection.register
 def threshold(score_BL: Tensor, quota: Quota, *, level: float = 0.9) -> Tensor:
     """Every position whose score reaches log(level), and never fewer than the quota (Fast-dLLM, section 3.3).
@@ -43,36 +61,9 @@ def threshold(score_BL: Tensor, quota: Quota, *, level: float = 0.9) -> Tensor:
     return ((score_BL >= math.log(level)) | (rank(score_BL) < quota.count_B[:, None])) & quota.window_BL
 
 
-@selection.register
-def sampled_confidence(score_BL: Tensor, quota: Quota, *, exact: bool = True) -> Tensor:
-    """LLaDA's rule: draw a token everywhere, commit the quota of positions whose *drawn* tokens are likeliest.
-
-    `exact` records the log-probability of the positions too, which the drawn tokens decide (samplers.md section 1.3);
-    without it a step's log-probability is the naive sum over its tokens, which is no distribution.
-    """
-    return top(score_BL, quota)
+def _threshold_bar(score_BL: Tensor, chosen_BL: Tensor, *, level: float = 0.9) -> Tensor:
+    # Where positions below the level were needed, the lowest of them; else the level.
+    return _lowest(score_BL, chosen_BL).clamp(max=math.log(level))
 
 
-sampled_confidence.draws_first = True  # type: ignore[attr-defined]
-
-
-def tail_logprob(
-    logits_KV: Tensor,
-    bar_K: Tensor,
-    tie_K: Tensor,
-    *,
-    temperature: float,
-    score_temperature: float,
-    banned: tuple[int, ...] = (),
-) -> Tensor:
-    """Return log q({v : c(v) < bar}), the log-probability that a position's draw stayed below the bar.
-
-    Shapes: `logits_KV`, `bar_K` and `tie_K` (True where a draw that equals the bar loses, because the tie goes to the
-    smaller index) give `logprob_K`. c is the log-odds at `score_temperature`, q the draw's distribution at
-    `temperature` (samplers.md section 1.3). Differentiable in the logits through q; the set of tokens below is a step
-    function.
-    """
-    odds_KV = log_odds(log_probs(logits_KV, temperature=score_temperature, banned=banned)).detach()
-    below_KV = (odds_KV < bar_K[:, None]) | (tie_K[:, None] & (odds_KV == bar_K[:, None]))
-    logq_KV = log_probs(logits_KV, temperature=temperature, banned=banned)
-    return logq_KV.masked_fill(~below_KV, -torch.inf).logsumexp(dim=-1)
+threshold.bar = _threshold_bar  # type: ignore[attr-defined]

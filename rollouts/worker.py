@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..policies.tokenizers import prompt_ids
 from ..recipes.registry import RecipeError
-from .sampler import LogitSource, Sampler, denoise
+from .engine import denoise
+from .forward import LogitSource
+from .sampler import Sampler
 from .trajectory import Trajectory
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from unmask.rl.objective import Objective, build_objective
-from unmask.rollouts.sampler import build_sampler, denoise
+from unmask.rollouts.engine import denoise
+from unmask.rollouts.sampler import build_sampler
 from unmask.rollouts.trajectory import Trajectory
 
 RULES = [
@@ -66,7 +67,7 @@ def trace_gradient(
     probability = torch.stack([path.probability for path in paths]).detach()
     section = toys.section(rule)
     if not exact:
-        section["selection"] = {"name": "sampled_confidence", "exact": False}
+        section["exact"] = False
     sampler = build_sampler(section, temperature=rule.temperature)
     plan = chosen.plan(toy, None, trajectory, probability * (reward - constant), rng=None, sampler=sampler)
     chosen.backward(toy, plan)

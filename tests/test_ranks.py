@@ -30,7 +30,7 @@ KINDS = {
         "objective.beta=0.05",
     ],
     "choices of positions, drawn steps, tokens alike": [
-        "rollout.sampler.selection=sampled_confidence",
+        "rollout.sampler.score=sampled_confidence",
         "objective.unit=step",
         "objective.estimator={name: trace, steps: uniform_k, k: 2}",
         "objective.weight=uniform",

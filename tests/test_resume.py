@@ -24,7 +24,7 @@ KINDS = {
     "all weights": ["model.lora=null", "optim.lr=1e-3", "optim.weight_decay=0.1"],
     "reference and recomputed old": ["objective.beta=0.05", "objective.old=recompute", "optim.schedule=linear"],
     "choices of positions, drawn steps": [
-        "rollout.sampler.selection=sampled_confidence",
+        "rollout.sampler.score=sampled_confidence",
         "objective.unit=step",
         "objective.estimator={name: trace, steps: uniform_k, k: 2}",
     ],

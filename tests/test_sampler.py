@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -13,7 +13,10 @@ from unmask.policies.denoiser import Denoiser
 from unmask.policies.loading import new_denoiser
 from unmask.recipes.registry import SLOTS
 from unmask.rollouts.categorical import log_probs
-from unmask.rollouts.sampler import Sampler, build_sampler, denoise, window_logits
+from unmask.rollouts.engine import denoise
+from unmask.rollouts.forward import window_logits
+from unmask.rollouts.sampler import Sampler, build_sampler
+from unmask.rollouts.state import State
 from unmask.rollouts.trajectory import GIVEN, PAD, SAMPLED, Trajectory
 
 L, ROWS = 12, 5
@@ -26,10 +29,10 @@ SCHEDULES = {
 }
 SELECTIONS = {
     "top": {"name": "top"},
+    "all": {"name": "all"},
     "threshold": {"name": "threshold", "level": 0.05},
-    "sampled_confidence": {"name": "sampled_confidence"},
 }
-SCORES = ["confidence", "entropy", "margin", "random", "left_to_right"]
+SCORES = ["confidence", "sampled_confidence", "entropy", "margin", "random", "left_to_right"]
 
 
 @dataclass
@@ -92,11 +95,8 @@ def sampler_of(schedule: str, score: str = "confidence", selection: str = "top",
     return build_sampler(section, temperature=temperature)
 
 
-EVERY = [
-    *itertools.product(SCHEDULES, SCORES, [s for s in SELECTIONS if s != "sampled_confidence"], ["stop", "none"]),
-    # Its score is that of the drawn tokens, whatever `score` says.
-    *itertools.product(SCHEDULES, ["confidence"], ["sampled_confidence"], ["stop", "none"]),
-]
+EVERY = list(itertools.product(SCHEDULES, SCORES, SELECTIONS, ["stop", "none"]))
+KINDS = [("confidence", "top"), ("confidence", "threshold"), ("sampled_confidence", "top")]
 
 
 def test_every_part_is_covered() -> None:
@@ -160,7 +160,7 @@ def check_calls(trajectory: Trajectory, sampler: Sampler, recorder: Recorder) ->
         replayed_AL = trajectory.canvas_before(alive_A, step_A)
         assert torch.equal(ids_AT[:, -L:], replayed_AL), "replay is bit-equal"
         assert torch.equal(ids_AT[:, :-L], prompt_BQ[alive_A])
-        window_AL = sampler.window(replayed_AL, step_A, open_B[alive_A], MASK)
+        window_AL = sampler.quota(replace(State.of(replayed_AL, MASK), step_A=step_A, open_A=open_B[alive_A])).window_BL
         assert torch.equal(positions_AT[:, -L:], window_AL), "the head runs at the window's positions"
         assert not positions_AT[:, :-L].any()
         assert (replayed_AL[window_AL] == MASK).all()
@@ -168,13 +168,13 @@ def check_calls(trajectory: Trajectory, sampler: Sampler, recorder: Recorder) ->
         assert window_AL[born_AL == t].all(), "commits lie in the window"
 
 
-@pytest.mark.parametrize("selection", list(SELECTIONS))
+@pytest.mark.parametrize(("score", "selection"), KINDS)
 @pytest.mark.parametrize(("temperature", "suppress"), [(0.9, False), (1.0, True), (1.4, False)])
 def test_recorded_log_probs_are_those_recomputed(
-    model: Denoiser, selection: str, temperature: float, suppress: bool
+    model: Denoiser, score: str, selection: str, temperature: float, suppress: bool
 ) -> None:
     """log softmax(logits / temperature) without the banned tokens on the canvas before the step, one row at a time."""
-    sampler = sampler_of("blocks", selection=selection, rule="none", temperature=temperature, suppress=suppress)
+    sampler = sampler_of("blocks", score, selection, "none", temperature=temperature, suppress=suppress)
     recorder = Recorder(model)
     trajectory = run(recorder, sampler).select(torch.arange(3))
     assert trajectory.banned_token_ids == ((MASK, EOS) if suppress else (MASK,))
@@ -193,8 +193,7 @@ def test_recorded_log_probs_are_those_recomputed(
         assert trajectory.logprob_BL[b, i].item() == pytest.approx(expected, abs=2e-5)
 
 
-@pytest.mark.parametrize("score", ["confidence", "random"])
-@pytest.mark.parametrize("selection", list(SELECTIONS))
+@pytest.mark.parametrize(("score", "selection"), [*KINDS, ("random", "top")])
 def test_a_rollout_does_not_depend_on_its_batch(model: Denoiser, score: str, selection: str) -> None:
     """Alone and without padding, in another order, or beside longer prompts: the same tokens and log-probs."""
     sampler = sampler_of("blocks", score, selection)
@@ -261,10 +260,10 @@ def test_stop_leaves_undecided_what_none_decides(model: Denoiser) -> None:
     assert int(stop.steps_B.sum()) < 6 * ROWS
 
 
-@pytest.mark.parametrize("selection", list(SELECTIONS))
-def test_temperature_zero_is_greedy(model: Denoiser, selection: str) -> None:
+@pytest.mark.parametrize(("score", "selection"), KINDS)
+def test_temperature_zero_is_greedy(model: Denoiser, score: str, selection: str) -> None:
     """Each committed token is the likeliest on its canvas, its log-probability counts as 0, and no seed matters."""
-    sampler, recorder = sampler_of("blocks", selection=selection, temperature=0.0), Recorder(model)
+    sampler, recorder = sampler_of("blocks", score, selection, temperature=0.0), Recorder(model)
     trajectory = run(recorder, sampler)
     trajectory.validate()
     assert torch.equal(trajectory.tokens_BL, run(recorder, sampler, seed=99).tokens_BL)

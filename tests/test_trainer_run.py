@@ -116,12 +116,14 @@ def check_rollouts(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("unit", ["token", "step", "rollout"])
-@pytest.mark.parametrize("selection", ["top", "{name: threshold, level: 0.05}", "sampled_confidence"])
-def test_the_first_inner_step_has_ratio_one(model: Path, selection: str, unit: str) -> None:
+@pytest.mark.parametrize(
+    "choice", ["selection=top", "selection={name: threshold, level: 0.05}", "score=sampled_confidence"]
+)
+def test_the_first_inner_step_has_ratio_one(model: Path, choice: str, unit: str) -> None:
     # Chunks and micro-batches that share no shape, temperatures that differ: only canvas and tokens are the same.
     _, folder = train(
         model,
-        f"rollout.sampler.selection={selection}",
+        f"rollout.sampler.{choice}",
         f"objective.unit={unit}",
         "rollout.temperature=0.8",
         "rollout.sampler.score_temperature=1.3",

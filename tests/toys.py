@@ -88,15 +88,11 @@ RULES = {
     "threshold": Rule(
         "confidence", (1, 1, 1), {"schedule": _uniform(3), "selection": {"name": "threshold", "level": 0.5}}, level=0.5
     ),
-    "sampled_1": Rule(
-        "sampled", (1, 1, 1), {"schedule": _uniform(3), "selection": "sampled_confidence"}, temperature=0.8
-    ),
+    "sampled_1": Rule("sampled", (1, 1, 1), {"schedule": _uniform(3), "score": "sampled_confidence"}, temperature=0.8),
     "sampled_2": Rule(
-        "sampled", (2, 1), {"schedule": _uniform(2), "selection": "sampled_confidence"}, score_temperature=0.7
+        "sampled", (2, 1), {"schedule": _uniform(2), "score": "sampled_confidence"}, score_temperature=0.7
     ),
-    "sampled_1_stop": Rule(
-        "sampled", (1, 1, 1), {"schedule": _uniform(3), "selection": "sampled_confidence"}, stop=True
-    ),
+    "sampled_1_stop": Rule("sampled", (1, 1, 1), {"schedule": _uniform(3), "score": "sampled_confidence"}, stop=True),
 }
 
 

@@ -1,0 +1,147 @@
+"""From canvases to the logits of chosen positions: the one place where sampler and trainer call the denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .state import State
+
+
+class LogitSource(Protocol):
+    """What rollouts and training need of a denoiser; `Denoiser` has `hidden` and `head` too, which save memory."""
+
+    family: Any
+
+    def logits(
+        self,
+        input_ids_BT: Tensor,
+        *,
+        padding_mask_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+class Rows(NamedTuple):
+    """Logits of K asked positions, a chunk at a time: `logits(start, stop)` gives fp32 `[stop - start, V]`."""
+
+    logits: Callable[[int, int], Tensor]
+    vocabulary: int
+
+
+def window_logits(
+    denoiser: LogitSource,
+    prompt_BQ: Tensor,
+    prompt_mask_BQ: Tensor,
+    canvas_BL: Tensor,
+    positions_BL: Tensor,
+    exists_BL: Tensor | None = None,
+) -> Tensor:
+    """Return logits `[K, V]` of a prompt + canvas at `positions_BL`, in row-major order.
+
+    Positions outside `exists_BL` are seen by no other and counted by none.
+    """
+    positions_BT = torch.cat([torch.zeros_like(prompt_mask_BQ), positions_BL], dim=1)
+    ids_BT, options = _inputs(prompt_BQ, prompt_mask_BQ, canvas_BL, exists_BL)
+    return denoiser.logits(ids_BT, positions_BT=positions_BT, **options)
+
+
+def _inputs(
+    prompt_BQ: Tensor, prompt_mask_BQ: Tensor, canvas_BL: Tensor, exists_BL: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Return ids and what says which of them are real; without padding no mask, so that SDPA may use flash."""
+    ids_BT = torch.cat([prompt_BQ, canvas_BL], dim=1)
+    if exists_BL is None:
+        if bool(prompt_mask_BQ.all()):
+            return ids_BT, {"padding_mask_BT": None}
+        return ids_BT, {"padding_mask_BT": torch.cat([prompt_mask_BQ, torch.ones_like(canvas_BL).bool()], dim=1)}
+    mask_BT = torch.cat([prompt_mask_BQ, exists_BL], dim=1)
+    # A position that does not exist yet may lie between others: ids count the real ones.
+    position_BT = (mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)
+    return ids_BT, {"padding_mask_BT": mask_BT, "position_ids_BT": position_BT}
+
+
+@dataclass
+class Forward:
+    """The denoiser calls of one `denoise`: live rows in, logits of the asked positions out.
+
+    `guidance` g > 0 adds a second call with the prompt masked: l = l_without + (1 + g)(l_with - l_without)
+    (unsupervised classifier-free guidance, Nie et al. 2024, SMDM). `shared_B` points each row at the row whose first
+    call serves it; None where prompts or canvases of a group differ.
+    """
+
+    denoiser: LogitSource
+    prompt_BQ: Tensor
+    prompt_mask_BQ: Tensor
+    resizes: bool = False
+    guidance: float = 0.0
+    shared_B: Tensor | None = None
+    calls: int = 0
+
+    def __call__(self, state: State, alive_A: Tensor, flat_K: Tensor) -> Rows:
+        """Return the logits of the canvas positions `flat_K` (row x L + position) of the live rows."""
+        exists_AL = state.exists_AL if self.resizes else None
+        first = self.shared_B if self.calls == 0 else None
+        self.calls += 1
+        rows = self._rows(self.prompt_BQ[alive_A], alive_A, state.canvas_AL, exists_AL, flat_K, first)
+        if self.guidance == 0:
+            return rows
+        prompt_AQ = torch.full_like(self.prompt_BQ, state.mask_token_id)[alive_A]
+        free = self._rows(prompt_AQ, alive_A, state.canvas_AL, exists_AL, flat_K, first)
+        scale = 1 + self.guidance
+
+        def guided(start: int, stop: int) -> Tensor:
+            without = free.logits(start, stop)
+            return without.lerp(rows.logits(start, stop), scale)
+
+        return Rows(guided, rows.vocabulary)
+
+    def select(self, kept_A: Tensor) -> None:
+        """Keep what is known of the live rows `kept_A` alone."""
+
+    def _rows(
+        self,
+        prompt_AQ: Tensor,
+        alive_A: Tensor,
+        canvas_AL: Tensor,
+        exists_AL: Tensor | None,
+        flat_K: Tensor,
+        first_B: Tensor | None,
+    ) -> Rows:
+        mask_AQ, length = self.prompt_mask_BQ[alive_A], canvas_AL.shape[1]
+        denoiser: Any = self.denoiser
+        if not hasattr(denoiser, "hidden"):
+            positions_AL = torch.zeros_like(canvas_AL, dtype=torch.bool).view(-1).index_fill(0, flat_K, True)
+            asked_AL = positions_AL.view(canvas_AL.shape)
+            # Rows may be overwritten by the statistics pass: they must be nobody else's.
+            logits_KV = window_logits(denoiser, prompt_AQ, mask_AQ, canvas_AL, asked_AL, exists_AL).clone()
+            logits_KV = logits_KV if logits_KV.dtype == torch.float64 else logits_KV.float()
+            return Rows(lambda start, stop: logits_KV[start:stop], logits_KV.shape[1])
+        if first_B is not None:
+            lead_A, index_A = torch.unique(first_B[alive_A], return_inverse=True)
+            chosen = torch.searchsorted(alive_A, lead_A)
+            ids, options = _inputs(prompt_AQ[chosen], mask_AQ[chosen], canvas_AL[chosen], None)
+            hidden = denoiser.hidden(ids, **options)[:, -length:]
+            row_K, place_K = index_A[flat_K // length], flat_K % length
+            features_KD = hidden[row_K, place_K]
+        else:
+            ids, options = _inputs(prompt_AQ, mask_AQ, canvas_AL, exists_AL)
+            features_KD = denoiser.hidden(ids, **options)[:, -length:].flatten(0, 1)[flat_K]
+        vocabulary = denoiser.family.vocab_size
+        return Rows(lambda start, stop: denoiser.head(features_KD[start:stop]), vocabulary)
+
+
+def shared_rows(prompt_BQ: Tensor, canvas_BL: Tensor, group_B: Tensor | None) -> Tensor | None:
+    """Return, for every row, the first row of its group; None unless the rows of every group start alike."""
+    if group_B is None:
+        return None
+    _, index_B = torch.unique(group_B, return_inverse=True)
+    row_B = torch.arange(len(group_B), device=group_B.device)
+    first_G = torch.full_like(row_B, len(row_B)).scatter_reduce(0, index_B, row_B, "amin")
+    first_B = first_G[index_B]
+    alike = (prompt_BQ == prompt_BQ[first_B]).all() & (canvas_BL == canvas_BL[first_B]).all()
+    return first_B if bool(alike) and bool((first_B != row_B).any()) else None

@@ -1,0 +1,60 @@
+"""What the engine must know of a part beside its signature: the statistics it reads, and what its log-prob is worth."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+# What log p(trajectory) is made of, from the best to the worst (samplers.md section 1.7).
+STATUSES = ("exact", "exact with order", "exact with tail mass", "behaviour only", "none")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Traits:
+    """`needs`: optional fields of Statistics; `status`: one of STATUSES; `canvas`: statistics of decided tokens too.
+
+    `whole`: a transform that must see all rows of a step at once. `learns`: why a status is not exact, for the user.
+    """
+
+    needs: frozenset[str] = frozenset()
+    status: str = "exact"
+    canvas: bool = False
+    whole: bool = False
+    learns: str = ""
+
+
+def traits(
+    *, needs: tuple[str, ...] = (), status: str = "exact", canvas: bool = False, whole: bool = False, learns: str = ""
+) -> Callable[[F], F]:
+    """Return a decorator that gives a part its traits."""
+    assert status in STATUSES
+
+    def mark(function: F) -> F:
+        function.traits = Traits(frozenset(needs), status, canvas, whole, learns)  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def bare(part: Any) -> Any:
+    """Return the function under a part's bound knobs."""
+    return part.func if isinstance(part, partial) else part
+
+
+def knobs_of(part: Any) -> dict[str, Any]:
+    """Return a part's bound knobs."""
+    return dict(part.keywords) if isinstance(part, partial) else {}
+
+
+def traits_of(part: Any) -> Traits:
+    """Return a part's traits; those of a user's function without any are the defaults."""
+    return getattr(bare(part), "traits", Traits())
+
+
+def wants(part: Any, name: str) -> bool:
+    """Return whether a part has a parameter `name`, which the engine then gives it."""
+    return name in inspect.signature(bare(part)).parameters
