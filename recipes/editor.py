@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter
 
-from .loading import import_parts, load_methods
+from .loading import import_parts, load_methods, load_samplers
 from .registry import SLOTS
 from .schema import MARK, Recipe, SftRecipe
 
@@ -52,6 +52,10 @@ def _relax(definitions: dict[str, Any]) -> None:
     for name in ("ObjectiveSection", "SamplerSection"):
         definitions[name].pop("required", None)
     definitions["Recipe"]["required"].remove("objective")
+    presets = sorted(load_samplers())
+    definitions["SamplerSection"]["properties"]["preset"]["anyOf"][0] = {"enum": presets}
+    sampler = definitions["RolloutSection"]["properties"]["sampler"]
+    sampler["anyOf"] = [{"enum": presets}, {"$ref": sampler.pop("$ref")}]
     definitions["Recipe"]["properties"]["method"] = {
         "anyOf": [{"enum": sorted(load_methods())}, {"type": "null"}],
         "description": definitions["Recipe"]["properties"]["method"]["description"],
