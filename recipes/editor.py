@@ -52,10 +52,14 @@ def _relax(definitions: dict[str, Any]) -> None:
     for name in ("ObjectiveSection", "SamplerSection"):
         definitions[name].pop("required", None)
     definitions["Recipe"]["required"].remove("objective")
-    presets = sorted(load_samplers())
-    definitions["SamplerSection"]["properties"]["preset"]["anyOf"][0] = {"enum": presets}
-    sampler = definitions["RolloutSection"]["properties"]["sampler"]
-    sampler["anyOf"] = [{"enum": presets}, {"$ref": sampler.pop("$ref")}]
+    presets, choices = sorted(load_samplers()), definitions["SamplerSection"]
+    definitions["SamplerChoices"] = choices
+    choices["properties"]["preset"]["anyOf"][0] = {"enum": presets}
+    definitions["SamplerSection"] = {
+        "if": {"type": "string"},
+        "then": {"enum": presets},
+        "else": {"$ref": "#/$defs/SamplerChoices"},
+    }
     definitions["Recipe"]["properties"]["method"] = {
         "anyOf": [{"enum": sorted(load_methods())}, {"type": "null"}],
         "description": definitions["Recipe"]["properties"]["method"]["description"],
