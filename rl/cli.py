@@ -21,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(help="Measure parts side by side: rollout.", rich_markup_mode=None)
+app.add_typer(bench, name="bench")
 # typer brings its own copy of click in newer versions; its public exception leads to the base class in either.
 USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
@@ -192,6 +194,39 @@ def methods(name: Annotated[str | None, typer.Argument(show_default=False)] = No
     from .cli_summary import print_methods
 
     print_methods(name)
+
+
+@bench.command()
+def rollout(
+    arguments: TargetArguments,
+    sampler: Annotated[
+        list[str] | None, typer.Option("--sampler", help="NAME or NAME:key=value,...; `recipe` is the recipe's own.")
+    ] = None,
+    reference: Annotated[str, typer.Option(help="The sampler whose completions the others are compared with.")] = (
+        "llada_low_confidence"
+    ),
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 256,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw exact rate against NFE.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Decode the same problems with several samplers (default: all shipped ones) at temperature 0.
+
+    Prints exact rate, NFE, tokens a second, the share of the time outside the denoiser, and agreement.
+    """
+    target, overrides = _one_target(arguments, "run, model or recipe")
+    for path in (json_file, plot):
+        _check_output(path)
+    from . import bench_rollout as bench_module
+
+    names = sampler or bench_module.every_sampler(target, overrides)
+    typer.echo(bench_module.HEADER)
+    found = bench_module.bench_rollout(
+        target, names, reference=reference, problems=problems, overrides=overrides, progress=typer.echo
+    )
+    if plot is not None:
+        bench_module.plot(found, plot)
+        typer.echo(f"wrote {plot}")
+    _write_json(json_file, found)
 
 
 @app.command()

@@ -47,7 +47,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cache" in metafunc.fixturenames:
         import_parts("cache")
         pairs = [(name, cache) for name in found for cache in (None, *SLOTS["cache"])]
-        metafunc.parametrize(("section", "cache"), [(found[n], c) for n, c in pairs], ids=[f"{n}-{c}" for n, c in pairs])
+        metafunc.parametrize(
+            ("section", "cache"), [(found[n], c) for n, c in pairs], ids=[f"{n}-{c}" for n, c in pairs]
+        )
     elif "section" in metafunc.fixturenames:
         metafunc.parametrize("section", list(found.values()), ids=list(found))
 

@@ -57,7 +57,12 @@ class Fixed:
     calls: int = 0
 
     def logits(
-        self, input_ids_BT: Tensor, *, padding_mask_BT: Tensor | None = None, positions_BT: Tensor | None = None, **_: Any
+        self,
+        input_ids_BT: Tensor,
+        *,
+        padding_mask_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        **_: Any,
     ) -> Tensor:
         self.calls += 1
         length = len(self.logits_LV)
@@ -86,7 +91,9 @@ def blank(rows: int = ROWS) -> Tensor:
 
 def run(denoiser: Any, sampler: Sampler, **options: Any) -> Trajectory:
     try:
-        return denoise(denoiser, sampler, *prompts(), blank(), torch.arange(ROWS) + 40, **{"seed": 3, "step": 7, **options})
+        return denoise(
+            denoiser, sampler, *prompts(), blank(), torch.arange(ROWS) + 40, **{"seed": 3, "step": 7, **options}
+        )
     except RecipeError as error:
         pytest.skip(f"refused: {error}")
 
@@ -132,7 +139,9 @@ def test_rollouts_of_a_group_differ_above_temperature_0_and_agree_at_0(
         distinct.append(len(found.tokens_BL.unique(dim=0)))
     assert distinct[0] >= 7
     # A random order decides on other canvases, and so other tokens, at any temperature.
-    noisy = "random" in str(section) or "bernoulli" in str(section) or "plackett" in str(section) or "remdm" in str(section)
+    noisy = (
+        "random" in str(section) or "bernoulli" in str(section) or "plackett" in str(section) or "remdm" in str(section)
+    )
     assert distinct[1] == 1 or noisy or "odd" in str(section)
 
 
@@ -217,8 +226,11 @@ def test_recorded_log_probs_are_those_of_the_canvas(denoiser: Denoiser, section:
 def test_recorded_probabilities_are_frequencies(toys: Any, section: dict[str, Any]) -> None:
     """On 3 positions and 3 tokens: among rollouts with the same positions at the same steps, each tokens' frequency is
     in proportion to its recorded probability, choice of positions included (within 5 standard errors)."""
-    sampler = build(section if "size" not in section["schedule"] else {**section, "schedule": toy_schedule(section)},
-                    temperature=1.3, rule="none")
+    sampler = build(
+        section if "size" not in section["schedule"] else {**section, "schedule": toy_schedule(section)},
+        temperature=1.3,
+        rule="none",
+    )
     if sampler.status in ("behaviour only", "none"):
         pytest.skip(f"declared: {sampler.status}")
     rows, toy = 6000, toys.Toy(seed=2, scale=0.7)
