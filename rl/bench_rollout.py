@@ -180,7 +180,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     rows = sorted(result["rows"], key=lambda row: (row["nfe"], -row["exact"]))
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    figure, (axes, legend) = pyplot.subplots(1, 2, figsize=(12, 6), width_ratios=(3, 1), layout="constrained")
     axes.errorbar(
         [row["nfe"] for row in rows],
         [row["exact"] for row in rows],
@@ -190,14 +190,18 @@ def plot(result: dict[str, Any], path: Path) -> None:
         color="tab:blue",
     )
     best, front = -1.0, []
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         if row["exact"] > best:
             best = row["exact"]
             front.append(row)
-        axes.annotate(row["sampler"], (row["nfe"], row["exact"]), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        axes.annotate(str(number), (row["nfe"], row["exact"]), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    names = "\n".join(f"{number:2} {row['sampler']}" for number, row in enumerate(rows, start=1))
+    legend.axis("off")
+    legend.text(0, 1, names, va="top", family="monospace", fontsize=8)
     axes.plot([row["nfe"] for row in front], [row["exact"] for row in front], color="tab:orange", zorder=0)
     axes.set(xlabel="denoiser calls a completion (NFE)", ylabel=f"exact rate (n = {result['n']}, standard error)")
-    axes.set_title(f"{result['target']}: {', '.join(f'{k} {v}' for k, v in result['task'].items())}")
+    knobs = (str(value) for value in result["task"].values() if value is not None)
+    axes.set_title(f"{result['target']}: {', '.join(knobs)}; canvas {result['canvas']}, temperature 0", loc="left")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
