@@ -247,8 +247,12 @@ def read_state(folder: Path, layout: Layout, config: Any, dtype: torch.dtype, de
                     f"{shard}: damaged or truncated safetensors ({error}); download it again."
                 ) from error
 
-    named = conversion.to_stock(layout, config, tensors())
-    return {key: value.to(torch.float32 if key.endswith(FP32) else dtype) for key, value in named}
+    state: dict[str, Tensor] = {}
+    for key, value in conversion.to_stock(layout, config, tensors()):
+        if key in state:
+            raise CheckpointError(f"{folder}: two tensors are '{layout.to_vendor(key)}'; is it another family?")
+        state[key] = value.to(torch.float32 if key.endswith(FP32) else dtype)
+    return state
 
 
 def _fill(model: Any, state: dict[str, Tensor], config: Any, device: str) -> None:

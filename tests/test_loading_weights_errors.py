@@ -96,6 +96,11 @@ FILES: list[tuple[str, Callable[[Path], Any], str]] = [
         r"1 tensors fit nothing, first 'model.transformer.blocks.9.up_proj.weight'",
     ),
     (
+        "one tensor under both names",
+        lambda p: weights(p, lambda state: state.update({"model.norm.weight": torch.zeros(64)})),
+        r"two tensors are 'model.transformer.ln_f.weight'; is it another family",
+    ),
+    (
         "misshapen tensor",
         lambda p: weights(p, lambda state: state.update({NORM: torch.zeros(63)})),
         r"'model.transformer.ln_f.weight' has shape \(63,\), config.json says \(64,\)",
