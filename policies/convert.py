@@ -12,6 +12,7 @@ from .denoiser import Denoiser
 from .layout import LINEAR_TARGETS, CheckpointError, Family
 from .loading import CLASSES, load_denoiser
 from .resolving import read_config
+from .saving import whole_folder
 
 MASK_TOKEN = "<|mask|>"
 CONVERTIBLE = ("llama", "qwen2", "qwen3")
@@ -59,8 +60,9 @@ def convert(
         lora_targets=LINEAR_TARGETS,
         **family,
     )
-    Denoiser(fresh.eval(), resolved, tokenizer).save(to, layout="stock")
-    return load_denoiser(str(to), dtype=dtype)
+    with whole_folder(to) as unfinished:
+        Denoiser(fresh.eval(), resolved, tokenizer).save(unfinished, layout="stock")
+        return load_denoiser(str(unfinished), dtype=dtype)
 
 
 DROPPED = {"quantization_config", "architectures", "pad_token_id", "dtype", "torch_dtype", "transformers_version"}

@@ -16,6 +16,7 @@ from unmask.policies.convert import convert
 from unmask.policies.layout import CheckpointError
 from unmask.policies.loading import load_denoiser
 from unmask.policies.tokenizers import byte_tokenizer
+from unmask.rl import export as exporting
 from unmask.rl import run
 from unmask.rl.cli import app
 from unmask.rl.export import export
@@ -120,6 +121,18 @@ def test_an_adapter_is_merged_and_verified(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     shortrun.save_model(tmp_path / "model")
     run.train(shortrun.recipe(tmp_path / "model", "name=r", "model.lora.rank=2", "optim.steps=2", "optim.lr=0.05"))
+
+    def damaged(path: str, **options: Any) -> Any:
+        again = load_denoiser(path, **options)
+        with torch.no_grad():
+            again.model.model.norm.weight.mul_(1.5)
+        return again
+
+    with monkeypatch.context() as patched:
+        patched.setattr(exporting, "load_denoiser", damaged)
+        with pytest.raises(RunError, match="gives other logits when read again"):
+            export("runs/r", tmp_path / "out", layout=layout)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "runs", "short.yaml"}, "nothing is left"
     report = export("runs/r", tmp_path / "out", layout=layout)
     assert report["merged_minus_adapter"] <= 1e-5 * report["scale"] < report["adapter_minus_base"]
     assert report["written_minus_merged"] == 0.0
