@@ -86,10 +86,13 @@ def load_tokenizer(
 
 
 def check_mask_token(tokenizer: PreTrainedTokenizerBase, family: Family) -> None:
-    """Raise CheckpointError when the mask id is no token of the tokenizer, or its text is split into several."""
+    """Raise CheckpointError when the text of the mask token is read as other tokens.
+
+    An id without a text passes: LLaDA2's and converted vocabularies have rows that no text reaches.
+    """
     token = tokenizer.convert_ids_to_tokens(family.mask_token_id)
     if token is None:
-        return  # LLaDA2's and converted vocabularies have rows that no text reaches: the mask is never in a prompt
+        return
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
     if ids != [family.mask_token_id]:
         raise CheckpointError(
