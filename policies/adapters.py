@@ -54,6 +54,8 @@ def check_targets(model: nn.Module, targets: Any, *, mixture: bool = False) -> N
     In a mixture of experts also for targets outside the attention: experts are stacked into 3D parameters there, peft
     turns these names into all of them, and silently leaves shared experts and dense layers without an adapter.
     """
+    if not targets:
+        raise RecipeError("model.lora.targets: the peft config names no target_modules; list attention and MLP layers.")
     if isinstance(targets, str):  # a regular expression or "all-linear": peft itself refuses what matches nothing
         if mixture:
             raise RecipeError(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
+TIED = ("lm_head.weight", "decoder.weight")  # the output matrix, which is not stored where it is the embedding
 
 
 @contextmanager
@@ -71,7 +72,7 @@ def save_denoiser(denoiser: Denoiser, directory: str | Path, *, layout: str = "v
     config = denoiser.model.config
     stock = denoiser.model.state_dict()
     if config.tie_word_embeddings:
-        stock = {key: value for key, value in stock.items() if key not in ("lm_head.weight", "decoder.weight")}
+        stock = {key: value for key, value in stock.items() if key not in TIED}
     named = stock if layout == "stock" else conversion.to_vendor(LAYOUTS[denoiser.family.name], config, stock)
     state = {key: value.detach().cpu().contiguous() for key, value in named.items()}
     _write_weights(state, folder)

@@ -27,10 +27,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from unmask.policies.adapters import adapted_modules, attach_adapter, lora_config
 from unmask.policies.denoiser import Denoiser
 from unmask.policies.layout import CheckpointError
 from unmask.policies.loading import load_denoiser, tiny_folder
 from unmask.policies.tokenizers import byte_tokenizer
+from unmask.recipes.registry import RecipeError
 
 ROWS, END, BLOCK = 272, 261, 4
 SIZES = {"vocab_size": ROWS, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3}
@@ -252,6 +254,16 @@ def test_the_shipped_model_is_a_llama_under_lladas_names() -> None:
     raw = reference(case, model, ids, lambda q, k: True)
     assert apart(denoiser.logits(ids), raw, 0) <= 1e-5 * raw.abs().max()
     assert apart(denoiser.logits(ids), reference(case, model, ids, lambda q, k: k <= q), 0) > 0.5
+
+
+def test_its_adapter_is_on_every_linear_layer_but_the_head(made: tuple[Case, Any, Path]) -> None:
+    case, _, folder = made
+    denoiser = load_denoiser(str(folder), **case.options)
+    linear = {name for name, module in denoiser.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    with pytest.raises(RecipeError, match="cannot be adapted; choose attention and MLP layers"):
+        attach_adapter(denoiser, lora_config(denoiser, targets=["decoder" if "decoder" in linear else "lm_head"]))
+    adapted = attach_adapter(denoiser, lora_config(denoiser, rank=2))
+    assert set(adapted_modules(adapted.model)) == linear - {"lm_head", "decoder", "head.dense"}
 
 
 def test_what_only_the_user_can_tell(made: tuple[Case, Any, Path]) -> None:
