@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import shortrun
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
@@ -23,9 +23,6 @@ from unmask.rl.cli import app
 from unmask.rl.export import export
 from unmask.rl.runfolder import RunError
 from unmask.rl.sft import SftBatches, Source
-
-sys.path.append(str(Path(__file__).parent))
-import shortrun
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
