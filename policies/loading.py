@@ -286,11 +286,18 @@ def _check_quantization(name: str) -> None:
 
 def _quantized(kind: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype, device: str) -> Any:
     """Return the model with its linear layers in 4 bits (NF4, QLoRA: Dettmers et al. 2023)."""
+    from bitsandbytes.nn import Linear4bit
     from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     options: dict[str, Any] = {"quantization_config": quantization, "device_map": {"": device}, "dtype": dtype}
-    return kind.from_pretrained(None, config=config, state_dict=state, **options)
+    model = kind.from_pretrained(None, config=config, state_dict=state, **options)
+    model.name_or_path = ""  # it is "None" now, which peft would look up on the hub at every save
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # In eval mode it would repack weights for a CPU's bfloat16 units, through which no gradient flows.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _check_keys(model: Any, state: dict[str, Tensor], layout: Layout, folder: Path) -> None:
