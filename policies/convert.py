@@ -15,6 +15,7 @@ from .resolving import read_config
 from .saving import whole_folder
 
 MASK_TOKEN = "<|mask|>"
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 CONVERTIBLE = ("llama", "qwen2", "qwen3")
 
 
@@ -51,12 +52,14 @@ def convert(
     fresh = CLASSES[kind][1](config).to(getattr(torch, dtype))
     fresh.load_state_dict(model.state_dict())
     config.dtype = getattr(torch, dtype)
-    ids = tokenizer.eos_token_id, *(v for t, v in tokenizer.get_vocab().items() if t in ("<|im_end|>", "<|eot_id|>"))
+    vocabulary = tokenizer.get_vocab()
+    turn = [vocabulary[token] for token in TURN_ENDS if token in vocabulary]
     resolved = Family(
         name="stock",
         vocab_size=model.get_input_embeddings().num_embeddings,
         mask_token_id=mask,
-        eos_token_ids=tuple(dict.fromkeys(ids)),
+        eos_token_ids=tuple(dict.fromkeys([tokenizer.eos_token_id, *turn])),
+        turn_end_id=turn[0] if turn else None,
         lora_targets=LINEAR_TARGETS,
         **family,
     )

@@ -216,6 +216,7 @@ A2D_MDLM = Layout(
     model_types=("a2d-llama", "a2d-qwen2", "a2d-qwen3"),
     fields=(),
     turn_end_tokens=("<|im_end|>",),
+    eos_tokens=("<|endoftext|>",),  # pads replies; the config.json of a chat Qwen names the turn's end as EOS
     template="chatml_no_think",
 )
 A2D_BD3LM = replace(

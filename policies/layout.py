@@ -27,18 +27,26 @@ class Family:
     `attention` is full or block_causal (blocks of `block_length`, counted from a row's first token; bidirectional
     inside). `logit_shift` 1: the raw model's row i predicts token i + 1. `alignment` says how a prompt that is no
     multiple of the block is treated: its rest shares a block with the completion, or it is left-padded to a multiple.
+    A completion ends with the first of `eos_token_ids` that it has. An assistant's turn is trained to end with
+    `turn_end_id` (None: EOS), and behind it `eos_token_ids[0]`, the plain EOS, pads.
     """
 
     name: str
     vocab_size: int
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
+    turn_end_id: int | None = None
     attention: str = "full"
     block_length: int | None = None
     logit_shift: int = 0
     alignment: str = "shared_block"
     lora_targets: tuple[str, ...] = LINEAR_TARGETS
     mixture: bool = False
+
+    @property
+    def end_id(self) -> int:
+        """The id that ends a reply in training."""
+        return self.eos_token_ids[0] if self.turn_end_id is None else self.turn_end_id
 
     @property
     def prompt_multiple(self) -> int:
@@ -57,6 +65,8 @@ class Layout:
     read in both directions, so that a saved model is again what the vendor's code reads. `experts` are stacked and
     `fused_qkv` is split besides. `requires` lists the config values that the stock class can represent. `published` are
     ids and block length that are not in config.json: shown in the error that asks for them, never assumed.
+    Besides config.json's EOS, completions end with `turn_end_ids` and `turn_end_tokens` (the first of them ends a turn)
+    and with `eos_tokens` (which come before it), where the vocabulary has them.
     """
 
     name: str
@@ -75,6 +85,7 @@ class Layout:
     alignment: str = "shared_block"
     turn_end_ids: tuple[int, ...] = ()
     turn_end_tokens: tuple[str, ...] = ()
+    eos_tokens: tuple[str, ...] = ()
     published: tuple[tuple[str, int], ...] = ()
     template: str | None = None
     lora_targets: tuple[str, ...] = LINEAR_TARGETS

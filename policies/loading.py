@@ -134,6 +134,8 @@ def load_denoiser(
     check_config(vendor, layout)
     tokenizer = tokenizer or read_tokenizer(folder)
     resolved = resolve_family(vendor, layout, mask_token_id, block_length=block_length, tokenizer=tokenizer)
+    if not resolved.eos_token_ids:
+        raise CheckpointError("neither config.json nor the tokenizer names an eos_token_id; write it into config.json.")
     tokenizer = load_tokenizer(folder, tokenizer, resolved, layout.template)
     check_mask_token(tokenizer, resolved)
     if quantization:

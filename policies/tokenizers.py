@@ -108,6 +108,6 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, 
     return encoded["input_ids"]
 
 
-def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the ids of an assistant's turn, ended by EOS."""
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str, end_id: int) -> list[int]:
+    """Return the ids of an assistant's turn, ended by `end_id` (`Family.end_id`)."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], end_id]

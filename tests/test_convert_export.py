@@ -67,8 +67,7 @@ def loss_on_fixed_batches(denoiser: Denoiser) -> float:
     source = Source(
         "arithmetic", SLOTS["task"].build({"name": "arithmetic", "operations": [1, 2]})("heldout", seed=0), 1, 32
     )
-    options = {"mask_token_id": denoiser.family.mask_token_id, "batch": 16, "steps": 4, "seed": 7}
-    data = SftBatches([source], denoiser.tokenizer, **options)
+    data = SftBatches([source], denoiser.tokenizer, denoiser.family, batch=16, steps=4, seed=7)
     total = 0.0
     for index in range(len(data)):
         item = data[index]

@@ -69,7 +69,7 @@ def test_it_says_what_the_full_model_says() -> None:
     """On hidden tokens of problems it knows; 128 wide, it suffers more from rounding than 4096 wide ones."""
     problems = Source("arithmetic", SLOTS["task"].build("arithmetic")("heldout", seed=0), 1.0, 48)
     full, four = load_denoiser("unmask:tiny"), load_denoiser("unmask:tiny", quantization="4bit")
-    item = SftBatches([problems], full.tokenizer, mask_token_id=257, batch=32, steps=1, seed=0)[0]
+    item = SftBatches([problems], full.tokenizer, full.family, batch=32, steps=1, seed=0)[0]
     p_KV, q_KV = (
         model.logits(item["input_ids"], padding_mask_BT=item["padding_mask"], positions_BT=item["scored"]).log_softmax(
             -1

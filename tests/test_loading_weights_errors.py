@@ -234,6 +234,15 @@ def test_a_missing_mask_id_can_be_given(folder: Path) -> None:
         load(folder, mask_token_id=371)
 
 
+def test_a_completion_must_be_able_to_end(folder: Path) -> None:
+    config(folder, eos_token_id=..., pad_token_id=...)
+    tokenizer = byte_tokenizer()
+    assert load_denoiser(str(folder), tokenizer=tokenizer).family.eos_token_ids == (256,)
+    tokenizer.eos_token = None
+    with pytest.raises(CheckpointError, match=r"names an eos_token_id; write it into config.json"):
+        load_denoiser(str(folder), tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere-zz", "nowhere", "a/b/c"])
 def test_paths_that_are_no_folder(path: str) -> None:
     """None of these can be a hub id, so that the hub is not asked."""

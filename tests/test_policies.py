@@ -98,11 +98,11 @@ def test_prompts_and_completions() -> None:
     tokenizer = byte_tokenizer()
     assert prompt_ids(tokenizer, "hé") == [259, *"hé".encode(), 260]
     assert prompt_ids(tokenizer, "hé") == prompt_ids(tokenizer, [{"role": "user", "content": "hé"}])
-    assert completion_ids(tokenizer, "5\n#### 5") == [*b"5\n#### 5", 256]
+    assert completion_ids(tokenizer, "5\n#### 5", 256) == [*b"5\n#### 5", 256]
     # A prompt and its completion are the template's rendering of the two turns.
     talk = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     assert (
-        prompt_ids(tokenizer, "1+1=") + completion_ids(tokenizer, "2")
+        prompt_ids(tokenizer, "1+1=") + completion_ids(tokenizer, "2", 256)
         == tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from unmask.policies.denoiser import Denoiser
+from unmask.policies.layout import Family
 from unmask.policies.loading import new_denoiser
 from unmask.policies.tokenizers import byte_tokenizer
 from unmask.rl import sft
@@ -20,6 +21,7 @@ from unmask.rl.sft import SftBatches, SftTrainer, Source, corrupt, only_item
 from unmask.rollouts.noise import generator
 
 MASK, EOS = 257, 256
+FAMILY = Family("llada", 261, MASK, (EOS,))
 SIZE = {"hidden_size": 32, "layers": 2, "heads": 2, "mlp": 64}
 
 
@@ -144,7 +146,7 @@ class Rows:
 
 def batches(**changes: Any) -> SftBatches:
     sources = [Source("a", Rows("a"), 3.0, 10), Source("b", Rows("b"), 1.0, 8)]
-    settings = {"mask_token_id": MASK, "batch": 4, "steps": 30, "seed": 0, **changes}
+    settings = {"family": FAMILY, "batch": 4, "steps": 30, "seed": 0, **changes}
     return SftBatches(settings.pop("sources", sources), byte_tokenizer(), **settings)
 
 
