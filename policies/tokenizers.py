@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from .layout import CheckpointError, Family
 from .templates import TEMPLATES
@@ -54,12 +54,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """Return the folder's own tokenizer (its files, never its code), or None when it has none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    """Return the folder's own tokenizer (its files, never its code), or None when it has none.
+
+    Vocabulary and merges without a tokenizer.json belong to a slow tokenizer: Qwen2's, or Dream's own class, which
+    computes what Qwen2's does (reference/models.md section 4).
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         return None
+    slow = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
     # The class itself, not AutoTokenizer, which would look for the vendor's model class in config.json.
+    kind = Qwen2Tokenizer if slow and not (folder / "tokenizer.json").is_file() else PreTrainedTokenizerFast
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        return kind.from_pretrained(folder)
     except Exception as error:  # the Rust library raises bare Exceptions
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"'{folder}': its tokenizer files cannot be read ({reason}).") from error
