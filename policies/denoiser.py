@@ -139,9 +139,9 @@ class Denoiser:
         save_denoiser(self, directory, layout=layout)
 
     def _trunk(self, input_ids_BT: Tensor, mask: Tensor | None, position_BT: Tensor | None, **cached: Any) -> Tensor:
-        options = {"use_cache": False, **cached} if self.family.name != "modernbert" else {}
+        # Whether keys are kept is the config's use_cache, which loading switches off; encoders know no such argument.
         trunk = self.base.base_model
-        return trunk(input_ids=input_ids_BT, attention_mask=mask, position_ids=position_BT, **options).last_hidden_state
+        return trunk(input_ids=input_ids_BT, attention_mask=mask, position_ids=position_BT, **cached).last_hidden_state
 
     def _blocks(self, position_BT: Tensor, padding_mask_BT: Tensor | None, stored: int) -> Tensor:
         """Return each token's block: of its own position, or of its column where rows are padded to whole blocks."""

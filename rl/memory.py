@@ -15,10 +15,10 @@ from transformers import AttentionInterface
 
 from ..policies.adapters import attach_adapter, lora_config
 from ..policies.denoiser import Denoiser
-from ..policies.layout import CheckpointError, Family, Layout
+from ..policies.layout import Family, Layout
 from ..policies.loading import TINY, stock_classes, stock_config, tiny_folder
 from ..policies.published import CONFIGS
-from ..policies.resolving import BLOCK_FIELDS, find_layout, read_config
+from ..policies.resolving import check_config, find_layout, read_config, resolve_family
 from ..recipes.schema import Recipe
 from .settings import quiet_peft
 
@@ -79,6 +79,7 @@ def on_meta(recipe: Recipe, vendor: dict[str, Any]) -> Denoiser:
     """Return the recipe's denoiser with its adapter on the meta device."""
     section = recipe.model
     layout = find_layout(vendor, section.family)
+    check_config(vendor, layout)
     config = stock_config(layout, vendor)
     config._attn_implementation = COUNTED
     with torch.device("meta"):
@@ -91,20 +92,12 @@ def on_meta(recipe: Recipe, vendor: dict[str, Any]) -> Denoiser:
 
 
 def _family(layout: Layout, vendor: dict[str, Any], recipe: Recipe) -> Family:
-    found = [recipe.model.block_length, *(vendor.get(name) for name in BLOCK_FIELDS)]
-    block = next((value for value in found if value is not None), None)
-    if layout.attention == "block_causal" and block is None:
-        raise CheckpointError(f"model.block_length: block-causal family '{layout.name}' needs one; set it.")
-    return Family(
-        name=layout.name,
-        vocab_size=vendor.get("embedding_size") or vendor["vocab_size"],
-        mask_token_id=0,
-        eos_token_ids=(),
-        attention=layout.attention,
-        block_length=block if layout.attention == "block_causal" else None,
-        lora_targets=layout.lora_targets,
-        mixture=layout.experts,
-    )
+    """Return the recipe's Family; a mask id that only the tokenizer knows is stood in for, as it takes no memory."""
+    section = recipe.model
+    known = (section.mask_token_id, vendor.get("mask_token_id"), (vendor.get("unmask") or {}).get("mask_token_id"))
+    if all(value is None for value in known):
+        vendor = vendor | {"mask_token_id": 0, "eos_token_id": []}
+    return resolve_family(vendor, layout, section.mask_token_id, block_length=section.block_length)
 
 
 def _scored(recipe: Recipe) -> int:
@@ -136,17 +129,16 @@ def _quantized(denoiser: Denoiser) -> int:
 
 
 class _Flash(torch.autograd.Function):
-    """Attention as a fused kernel holds it: q, k, v, the output and a log-sum-exp a query; no T x T matrix."""
+    """Attention as a fused kernel holds it: q, k, v, the output and a log-sum-exp a query; no T x T matrix.
+
+    Only the forward exists: what it saves is counted, nothing is ever propagated back.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
         out = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        raise NotImplementedError("counting only")
 
 
 def _counted(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..policies.adapters import lora_config
 from ..policies.denoiser import Denoiser
+from ..policies.saving import whole_folder
 from ..recipes.loading import dump_recipe, load_recipe
 from ..recipes.registry import SLOTS
 from ..recipes.schema import Recipe, SftRecipe
@@ -248,15 +248,12 @@ def run_manifest(recipe: Recipe | SftRecipe, denoiser: Denoiser) -> dict[str, An
 
 def save_policy(denoiser: Denoiser, folder: Path) -> None:
     """Write the adapter as peft does, or all weights in the vendor's layout; the folder is whole or absent."""
-    name = "adapter" if isinstance(denoiser.model, PeftModel) else "model"
-    unfinished = folder / f".{name}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    if name == "adapter":
-        denoiser.model.save_pretrained(unfinished)
-    else:
-        denoiser.save(unfinished)
-    shutil.rmtree(folder / name, ignore_errors=True)
-    unfinished.rename(folder / name)
+    adapted = isinstance(denoiser.model, PeftModel)
+    with whole_folder(folder / ("adapter" if adapted else "model")) as unfinished:
+        if adapted:
+            denoiser.model.save_pretrained(unfinished)
+        else:
+            denoiser.save(unfinished)
 
 
 def sft(recipe: SftRecipe, *, nproc: int = 1, resume: Path | None = None) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+import shortrun
 import torch
 
 from unmask.recipes.schema import Recipe
 from unmask.rl import run
 
-sys.path.append(str(Path(__file__).parent))
-import shortrun
+pytestmark = pytest.mark.usefixtures("place")
+
 
 BASE = ["rollout.prompts=4", "optim.steps=8", "rewards=[{name: 'toyrewards:one_sided'}]", "evaluation.every=4"]
 KINDS = {
@@ -36,16 +37,6 @@ KINDS = {
         "objective.weight=uniform",
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shortrun.save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
