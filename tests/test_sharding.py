@@ -20,6 +20,7 @@ from unmask.recipes.registry import RecipeError
 from unmask.rl import run
 from unmask.rl.cli_summary import summary
 from unmask.rl.export import export
+from unmask.rl.memory import estimate
 
 sys.path.append(str(Path(__file__).parent))
 import shortrun
@@ -176,6 +177,29 @@ def test_one_process_is_refused(model: Path) -> None:
     with pytest.raises(RecipeError, match=r"among processes and there is one; start several \(--nproc 8\)"):
         run.train(recipe)
     assert not Path("runs/short").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),  # bytes of the checkpoints, in bfloat16
+    [
+        ("llada8b", 16_031_162_368),
+        ("dream7b", 15_231_233_024),
+        ("sdar4b", 8_822_848_512),
+        ("llada2_mini", 32_511_286_784),
+    ],
+)
+def test_the_shipped_recipes_fit_eight_devices(name: str, published: int) -> None:
+    data = ["task={name: arithmetic}", "rewards=[{name: arithmetic}]"]
+    recipe: Any = load_recipe(f"{name}_fsdp.yaml", data)
+    found = estimate(recipe, 8)
+    assert found is not None and found.total < 60e9
+    if recipe.model.lora is None:
+        # Float32 shards, an eighth of the frozen copy, and three times the former for gradients and moments.
+        assert found.weights == pytest.approx(published * (2 + 1) / 8, rel=1e-6)
+        assert found.optimizer == pytest.approx(published * 6 / 8, rel=1e-6)
+        assert found.whole == published
+    else:
+        assert found.weights == pytest.approx(published / 8, rel=1e-6) and found.whole > published
 
 
 def test_check_tells_the_share_of_a_device(model: Path) -> None:
