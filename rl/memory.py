@@ -110,12 +110,12 @@ def known_config(path: str) -> dict[str, Any] | None:
     return read_config(folder) if folder.is_dir() else CONFIGS.get(path)
 
 
-def on_meta(recipe: Recipe, vendor: dict[str, Any]) -> Denoiser:
+def on_meta(recipe: Recipe, vendor: dict[str, Any], attention: str = COUNTED) -> Denoiser:
     """Return the recipe's denoiser with its adapter on the meta device."""
     section = recipe.model
     layout = find_layout(vendor, section.family)
     config = stock_config(layout, vendor)
-    config._attn_implementation = COUNTED
+    config._attn_implementation = attention
     with torch.device("meta"):
         model = stock_classes(layout, vendor)[1](config).to(getattr(torch, section.dtype))
     denoiser = Denoiser(model, _family(layout, vendor, recipe), None)  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ from .evaluate import evaluate as evaluate_rows
 from .objective import build_objective
 from .runfolder import RunError, manifest, no_empty_folder, run_folder, write_atomically, write_json
 from .settings import cpu_backend, device_of
-from .sharding import save_gathered
+from .sharding import gathered, save_trained
 from .targets import evaluation_worker, load_policy, open_target
 from .trainer import UnmaskTrainer
 
@@ -252,18 +252,13 @@ def save_policy(denoiser: Denoiser, folder: Path) -> None:
 
     Every rank must call this; rank 0 writes.
     """
-    name = "adapter" if isinstance(denoiser.model, PeftModel) else "model"
-    unfinished = folder / f".{name}"
-    if rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    if denoiser.root is not None:
-        save_gathered(denoiser, unfinished)
+    state = gathered(denoiser)
     if rank() != 0:
         return
-    if denoiser.root is None and name == "adapter":
-        denoiser.model.save_pretrained(unfinished)
-    elif denoiser.root is None:
-        denoiser.save(unfinished)
+    name = "adapter" if isinstance(denoiser.model, PeftModel) else "model"
+    unfinished = folder / f".{name}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_trained(denoiser, unfinished, state)
     shutil.rmtree(folder / name, ignore_errors=True)
     unfinished.rename(folder / name)
 

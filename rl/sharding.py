@@ -140,8 +140,13 @@ def paced(source: Any, spans: Iterable[T]) -> Iterator[T]:
         (0.0 * source.logits(ids_BT)).sum().backward()
 
 
-def gathered(denoiser: Denoiser) -> dict[str, Tensor]:
-    """Return what is trained, whole and on the CPU of rank 0, by the model's own names; every rank must call this."""
+def gathered(denoiser: Denoiser) -> dict[str, Tensor] | None:
+    """Return what is trained, whole and on the CPU of rank 0, by the model's own names; None where nothing is sharded.
+
+    Every rank must call this; the others get an empty dictionary.
+    """
+    if denoiser.root is None:
+        return None
     adapter = isinstance(denoiser.model, PeftModel)
     trained = {name for name, parameter in denoiser.model.named_parameters() if parameter.requires_grad}
     state = denoiser.model.state_dict()
@@ -158,18 +163,15 @@ def _on_first_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def save_gathered(denoiser: Denoiser, folder: Path) -> None:
-    """Write the adapter or the model as a run without sharding does; every rank must call this, rank 0 writes.
+def save_trained(denoiser: Denoiser, folder: Path, state: dict[str, Tensor] | None) -> None:
+    """Write the adapter as peft does, or all weights in the vendor's layout; `state` is what `gathered` returned.
 
-    All weights are written in the dtype of the forwards: that is the policy which rolled out and was evaluated.
+    Sharded weights are written in the dtype of the forwards: that is the policy which rolled out and was evaluated.
     """
-    state = gathered(denoiser)
-    if rank() != 0:
-        return
     if isinstance(denoiser.model, PeftModel):
         denoiser.model.save_pretrained(str(folder), state_dict=state)
     else:
-        _rebuilt(denoiser, state).save(folder)
+        (denoiser if state is None else _rebuilt(denoiser, state)).save(folder)
 
 
 def _rebuilt(denoiser: Denoiser, state: dict[str, Tensor]) -> Denoiser:
@@ -184,16 +186,13 @@ def _rebuilt(denoiser: Denoiser, state: dict[str, Tensor]) -> Denoiser:
     return replace(denoiser, model=model, root=None)
 
 
-def save_checkpoint_weights(denoiser: Denoiser, folder: Path) -> None:
-    """Write what `Trainer` resumes from: the adapter, or all weights in float32; every rank must call this."""
-    state = gathered(denoiser)
-    if rank() != 0:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+def save_for_resuming(denoiser: Denoiser, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write what `Trainer` resumes from: the adapter, or all weights in the float32 they are kept in."""
     if isinstance(denoiser.model, PeftModel):
         denoiser.model.save_pretrained(str(folder), state_dict=state)
-    else:
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def leave_out_moments(optimizer: torch.optim.Optimizer) -> None:

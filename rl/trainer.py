@@ -39,10 +39,11 @@ from .progress import Progress
 from .records import Records, batch_metrics, merge_metrics, write_rollouts
 from .settings import quiet_peft
 from .sharding import (
+    gathered,
     leave_out_moments,
     require_shardable,
-    save_checkpoint_weights,
-    save_gathered,
+    save_for_resuming,
+    save_trained,
     shard_for_training,
     whole,
 )
@@ -156,9 +157,10 @@ class UnmaskTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as peft does, or all weights in the vendor's layout, which `load_denoiser` reads."""
-        if self.denoiser.root is not None:
-            save = save_checkpoint_weights if _internal_call else save_gathered
-            save(self.denoiser, Path(output_dir or self.folder))
+        if (state := gathered(self.denoiser)) is not None:
+            if self.args.should_save:
+                save = save_for_resuming if _internal_call else save_trained
+                save(self.denoiser, Path(output_dir or self.folder), state)
         elif _internal_call or isinstance(self.denoiser.model, PeftModel):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
