@@ -80,6 +80,9 @@ class ModelSection(Section):
     block_length: Count | None = Field(None, description="block of a block-causal family; null: config.json's")
     context: Count | None = Field(None, description="longest sequence, for which RoPE is rescaled (NTK); null: as is")
     quantization: Literal["4bit"] | None = Field(None, description="4bit: NF4 base under a LoRA adapter (bitsandbytes)")
+    sharding: Literal["none", "fsdp"] = Field(
+        "none", description="fsdp: weights, gradients and optimizer shared out among the processes (FSDP2, --nproc)"
+    )
     lora: LoraSection | None = Field(None, description="adapter; null trains all weights")
 
 

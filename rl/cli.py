@@ -157,6 +157,9 @@ def sample(
 def check(
     arguments: RecipeArguments,
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the recipe with every default as YAML.")] = False,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="Processes [default: 1, or 8 for a sharded model].")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Check a recipe without reading weights.
@@ -169,7 +172,7 @@ def check(
     from .cli_summary import print_summary, summary
 
     recipe = load_recipe(target, overrides)
-    facts = summary(recipe, target)
+    facts = summary(recipe, target, nproc)
     if resolved:
         typer.echo(dump_recipe(recipe), nl=False)
     else:

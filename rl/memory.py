@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,47 +25,81 @@ from .settings import quiet_peft
 
 COUNTED = "unmask_counted"
 NF4_BYTES = 0.5 + 4 / 64  # half a byte a weight, and an fp32 absmax for 64 of them
-ADAM_BYTES = 8  # two fp32 moments
+GRADIENT_AND_MOMENTS = 3  # a gradient and Adam's two moments, all in the dtype of their weight
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by what holds them; `total` is the peak of an update, which rollouts stay below unless they say so."""
+    """Bytes on each device by what holds them.
+
+    Sharded weights are gathered layer by layer for an update (`gathered`) and all of them for a rollout (`whole`).
+    """
 
     weights: int
     adapter: int
     optimizer: int
     activations: int
     rollout: int
+    gathered: int = 0
+    whole: int = 0
 
     @property
     def total(self) -> int:
-        """The larger of update and rollout, in bytes."""
-        return self.weights + self.adapter + self.optimizer + max(self.activations, self.rollout)
+        """The peak of an update or of a rollout, whichever is larger, in bytes."""
+        kept = self.weights + self.adapter + self.optimizer
+        return kept + max(self.gathered + self.activations, self.whole + self.rollout)
 
 
-def estimate(recipe: Recipe) -> Estimate | None:
-    """Return the memory a recipe needs, or None for a hub model whose sizes are not known before it is downloaded."""
+def estimate(recipe: Recipe, ranks: int = 1) -> Estimate | None:
+    """Return the memory a recipe needs on each of `ranks` devices, among which a sharded recipe shares its weights out.
+
+    None for a hub model whose sizes are not known before it is downloaded.
+    """
     vendor = known_config(recipe.model.path)
     if vendor is None:
         return None
     denoiser = on_meta(recipe, vendor)
+    sharded = recipe.model.sharding == "fsdp"
     parameters = list(denoiser.model.parameters())
-    trained = [p for p in parameters if p.requires_grad]
     adapted = isinstance(denoiser.model, PeftModel)
-    frozen = [p for p in parameters if not p.requires_grad] if adapted else parameters
-    own = _bytes(trained) if adapted else 0
+    trained = sum(p.numel() * _kept(p, sharded) for p in parameters if p.requires_grad)
+    frozen = _quantized(denoiser) if recipe.model.quantization else _bytes(p for p in parameters if not p.requires_grad)
+    if recipe.objective.beta > 0 and (recipe.objective.reference == "frozen_copy" or not adapted):
+        frozen += frozen + trained if adapted else _bytes(parameters)
+    shares = ranks if sharded else 1
     rows, tokens = recipe.objective.chunk, recipe.rollout.prompt_limit + recipe.rollout.canvas
     scored = rows * _scored(recipe)
     vocabulary = denoiser.family.vocab_size
     open_positions = recipe.rollout.micro_batch * _window(recipe)
     return Estimate(
-        weights=_quantized(denoiser) if recipe.model.quantization else _bytes(frozen),
-        adapter=own,
-        optimizer=sum(p.numel() for p in trained) * ADAM_BYTES + _bytes(trained),  # moments and gradients
+        weights=(frozen if adapted else frozen + trained) // shares,
+        adapter=trained // shares if adapted else 0,
+        optimizer=GRADIENT_AND_MOMENTS * trained // shares,
         activations=saved_bytes(denoiser, rows, tokens, scored) + 3 * scored * vocabulary * 4,
         rollout=4 * open_positions * vocabulary * 4,
+        gathered=_gathered(denoiser) if sharded else 0,
+        whole=_bytes(parameters) if sharded else 0,
     )
+
+
+def _kept(parameter: Any, sharded: bool) -> int:
+    """Return the bytes that a trained weight is kept in: sharded ones in float32, whatever forwards run in."""
+    return 4 if sharded else parameter.element_size()
+
+
+def _gathered(denoiser: Denoiser) -> int:
+    """Return the bytes that an update has gathered at its peak.
+
+    The root, and two layers, since the next one comes in while one is at work; their gradients before they are shared
+    out, those of a layer once more in float32 on their way.
+    """
+    layers = [list(layer.parameters()) for layer in denoiser.base.base_model.layers]
+    inside = {id(p) for layer in layers for p in layer}
+    root = [p for p in denoiser.model.parameters() if id(p) not in inside]
+    largest = max(layers, key=_bytes)
+    gradients = [p for p in (*root, *largest) if p.requires_grad]
+    leaving = sum(4 * p.numel() for p in largest if p.requires_grad)
+    return _bytes(root) + 2 * _bytes(largest) + _bytes(gradients) + leaving
 
 
 def known_config(path: str) -> dict[str, Any] | None:
@@ -75,13 +110,13 @@ def known_config(path: str) -> dict[str, Any] | None:
     return read_config(folder) if folder.is_dir() else CONFIGS.get(path)
 
 
-def on_meta(recipe: Recipe, vendor: dict[str, Any]) -> Denoiser:
+def on_meta(recipe: Recipe, vendor: dict[str, Any], attention: str = COUNTED) -> Denoiser:
     """Return the recipe's denoiser with its adapter on the meta device."""
     section = recipe.model
     layout = find_layout(vendor, section.family)
     check_config(vendor, layout)
     config = stock_config(layout, vendor)
-    config._attn_implementation = COUNTED
+    config._attn_implementation = attention
     with torch.device("meta"):
         model = stock_classes(layout, vendor)[1](config).to(getattr(torch, section.dtype))
     denoiser = Denoiser(model, _family(layout, vendor, recipe), None)  # type: ignore[arg-type]
@@ -113,7 +148,7 @@ def _window(recipe: Recipe) -> int:
     return int(schedule.get("size") or recipe.rollout.canvas)
 
 
-def _bytes(tensors: list[Any]) -> int:
+def _bytes(tensors: Iterable[Any]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

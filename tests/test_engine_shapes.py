@@ -47,7 +47,7 @@ def model() -> Denoiser:
 
 @pytest.mark.parametrize("name", list(load_samplers()))
 def test_a_step_does_not_wait_for_the_device(model: Denoiser, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every wait of a static rollout lies between steps: their number does not change when steps are added to a look."""
+    """Every wait of a static rollout lies between looks: with one look for all steps there are but a few."""
     section = {**load_samplers()[name]["sampler"], "eos": {"rule": "none"}}
     sampler = build_sampler(section, temperature=1.0)
     prompt_BQ = torch.randint(0, 256, (3, 5), generator=torch.Generator().manual_seed(0))
@@ -56,9 +56,7 @@ def test_a_step_does_not_wait_for_the_device(model: Denoiser, name: str, monkeyp
     for every in (10**6, 4):
         monkeypatch.setattr(engine, "CHECK_EVERY", min(every, L))
         with Waits() as waits:
-            denoise(
-                model, sampler, prompt_BQ, mask_BQ, torch.full((3, L), MASK), torch.arange(3), seed=0, static=True
-            )
+            denoise(model, sampler, prompt_BQ, mask_BQ, torch.full((3, L), MASK), torch.arange(3), seed=0, static=True)
         counts.append(waits.found)
     # One look for all steps: what is left are those of the start and the end, however many steps there were.
     assert len(counts[0]) <= 40, f"{len(counts[0])} waits: {sorted(set(counts[0]))}"

@@ -68,8 +68,10 @@ def test_weights_and_optimizer_are_exact() -> None:
     found = estimate(chosen)
     assert found is not None
     assert (found.weights, found.adapter, found.optimizer) == (base, own, 3 * own)
-    full = estimate(recipe("model.lora=null"))
-    assert full is not None and (full.weights, full.adapter, full.optimizer) == (base, 0, 3 * base)
+    # Without an adapter to switch off, a reference is a second model.
+    for beta, models in ((0.0, 1), (0.1, 2)):
+        full = estimate(recipe("model.lora=null", f"objective.beta={beta}"))
+        assert full is not None and (full.weights, full.adapter, full.optimizer) == (models * base, 0, 3 * base)
 
 
 def test_activations_grow_with_the_chunk_and_not_with_the_steps() -> None:
