@@ -68,7 +68,7 @@ def sampler_of(text: str, recipe: Recipe) -> Sampler:
     """
     name, _, changes = text.partition(":")
     base = recipe.rollout.sampler.model_dump() if name == "recipe" else named_sampler(name, "bench --sampler")
-    data = {"sampler": dict(base), "temperature": 0.0}
+    data: dict[str, Any] = {"sampler": dict(base), "temperature": 0.0}
     for change in filter(None, changes.split(",")):
         apply_override(data, change if change.startswith("temperature=") else f"sampler.{change}")
     # Checked as a recipe's sampler is, with the same messages.
