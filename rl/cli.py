@@ -195,6 +195,14 @@ def methods(name: Annotated[str | None, typer.Argument(show_default=False)] = No
 
 
 @app.command()
+def samplers(name: Annotated[str | None, typer.Argument(show_default=False)] = None) -> None:
+    """List named samplers, or show the choices of one."""
+    from .cli_summary import print_samplers
+
+    print_samplers(name)
+
+
+@app.command()
 def cp(
     recipe: Annotated[str | None, typer.Argument(show_default=False)] = None,
     target: Annotated[Path | None, typer.Argument(show_default=False)] = None,

@@ -63,7 +63,7 @@ def estimate(recipe: Recipe) -> Estimate | None:
         adapter=own,
         optimizer=sum(p.numel() for p in trained) * ADAM_BYTES + _bytes(trained),  # moments and gradients
         activations=saved_bytes(denoiser, rows, tokens, scored) + 3 * scored * vocabulary * 4,
-        rollout=4 * open_positions * vocabulary * 4,
+        rollout=4 * open_positions * vocabulary * 4 + _store(denoiser, recipe),
     )
 
 
@@ -118,6 +118,17 @@ def _scored(recipe: Recipe) -> int:
 def _window(recipe: Recipe) -> int:
     schedule = recipe.rollout.sampler.schedule
     return int(schedule.get("size") or recipe.rollout.canvas)
+
+
+def _store(denoiser: Denoiser, recipe: Recipe) -> int:
+    """Return the bytes of the keys and values that a rollout's cache keeps."""
+    rollout, config = recipe.rollout, denoiser.base.config
+    if rollout.sampler.cache is None:
+        return 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layer = 2 * config.num_key_value_heads * width * denoiser.base.dtype.itemsize
+    places = rollout.micro_batch * (rollout.prompt_limit + rollout.canvas + 1)
+    return (2 if rollout.sampler.guidance else 1) * places * config.num_hidden_layers * layer
 
 
 def _bytes(tensors: list[Any]) -> int:
