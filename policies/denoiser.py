@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .blocks import PADDING, BlockCache, additive, block_mask, doubled_mask, positions
 from .layout import CheckpointError, Family
+from .store import Store
 
 
 @dataclass
@@ -53,14 +54,19 @@ class Denoiser:
         position_ids_BT: Tensor | None = None,
         cache: BlockCache | None = None,
         commit: bool | int = False,
+        store: Store | None = None,
     ) -> Tensor:
-        """Return the trunk's last hidden states `[B, T, D]`, aligned; arguments as `logits`."""
+        """Return the trunk's last hidden states `[B, T, D]`, aligned; arguments as `logits`.
+
+        A `store` takes the keys and values of whole rows on the way; it changes nothing.
+        """
+        kept = {} if store is None else {"past_key_values": store}
         if self.family.attention == "full":
             if cache is not None or commit:
                 raise CheckpointError(f"cache: family '{self.family.name}' attends to the whole canvas; none is exact.")
             # Without padding the mask stays None, the only form in which SDPA may use its flash kernel.
             mask = None if padding_mask_BT is None else padding_mask_BT.to(torch.long)
-            return self._aligned(self._trunk(input_ids_BT, mask, position_ids_BT))
+            return self._aligned(self._trunk(input_ids_BT, mask, position_ids_BT, **kept))
         if commit and cache is None:
             raise CheckpointError("commit: there is no cache to commit to; pass cache=denoiser.new_cache().")
         start_B = None if cache is None else cache.next_B
@@ -71,8 +77,24 @@ class Denoiser:
         block_BT = self._blocks(position_BT, padding_mask_BT, stored)
         if cache is None:
             mask = block_mask(block_BT, block_BT)
-            return self._aligned(self._trunk(input_ids_BT, self._attention(mask), position_BT))
+            return self._aligned(self._trunk(input_ids_BT, self._attention(mask), position_BT, **kept))
         return self._cached(input_ids_BT, block_BT, position_BT, cache, commit, padding_mask_BT is not None)
+
+    def columns(self, input_ids_BC: Tensor, position_ids_BC: Tensor, mask_B1CK: Tensor, store: Store) -> Tensor:
+        """Return the trunk's last hidden states `[B, C, D]` of some columns among the K places of a `store`.
+
+        `mask_B1CK` is true where a column may attend. Rows are the raw model's: where the family shifts logits, that of
+        column i - 1 scores the token at i.
+        """
+        return self._trunk(input_ids_BC, self._attention(mask_B1CK), position_ids_BC, past_key_values=store)
+
+    def places(self, padding_mask_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return position and block of every column `[B, T]` as `hidden` counts them; no blocks with full attention."""
+        if self.family.attention == "full":
+            position_T = torch.arange(padding_mask_BT.shape[1], device=padding_mask_BT.device)
+            return position_T.expand(padding_mask_BT.shape), None
+        position_BT = positions(padding_mask_BT.shape, padding_mask_BT, None, padding_mask_BT.device)
+        return position_BT, self._blocks(position_BT, padding_mask_BT, 0)
 
     def logits(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from .correcting import check_density, correction_notes
 from .registry import SLOTS, RecipeError
 from .schema import EvaluationSection, ObjectiveSection, Recipe, SamplerSection, SftEvaluationSection, SftRecipe
 
@@ -90,6 +91,7 @@ def notes(recipe: Recipe | SftRecipe) -> list[str]:
         found.append(f"surrogate 'importance' does not bound the ratio over {objective.inner_steps} inner steps.")
     if objective.inner_steps == 1 and objective.old == "recompute" and objective.correction.name == "none":
         found.append("old: recompute costs a forward a view; with one inner step the ratio it gives is 1 everywhere.")
+    found += correction_notes(recipe)
     if eos.suppress and eos.rule == "stop":
         found.append("eos.rule 'stop' never applies while EOS is suppressed.")
     if recipe.model.lora is not None and recipe.model.lora.dropout > 0:
@@ -151,6 +153,7 @@ def _check_rollout(recipe: Recipe) -> None:
     if all(entry.weight == 0 for entry in recipe.rewards):
         raise RecipeError("rewards: every weight is 0, so nothing would be learnt; give one reward another weight.")
     check_sampler(rollout.sampler, rollout.canvas, "rollout.sampler", "rollout.canvas")
+    check_density(recipe)
 
 
 def check_sampler(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) -> None:
@@ -174,6 +177,7 @@ def _probe(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) ->
     """Call schedule and selection once on a blank canvas: parts check their own knobs when they are called."""
     import torch
 
+    from ..rollouts.caches import Layout
     from ..rollouts.sampler import build_sampler
     from ..rollouts.state import State
 
@@ -182,6 +186,9 @@ def _probe(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) ->
         built = build_sampler(sampler.model_dump())
         state.quota = built.quota(state)
         built.choose(state, torch.zeros(1, canvas), state.quota)
+        if built.cache is not None:
+            state.window_AL = state.quota.window_BL
+            built.cache(state, Layout.of(state))
     except RecipeError as error:
         raise RecipeError(f"{where}.{error} ({canvas_key}: {canvas})") from error
 

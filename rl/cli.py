@@ -233,6 +233,14 @@ def rollout(
 
 
 @app.command()
+def samplers(name: Annotated[str | None, typer.Argument(show_default=False)] = None) -> None:
+    """List named samplers, or show the choices of one."""
+    from .cli_summary import print_samplers
+
+    print_samplers(name)
+
+
+@app.command()
 def cp(
     recipe: Annotated[str | None, typer.Argument(show_default=False)] = None,
     target: Annotated[Path | None, typer.Argument(show_default=False)] = None,

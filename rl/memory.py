@@ -21,6 +21,7 @@ from ..policies.loading import TINY, stock_classes, stock_config, tiny_folder
 from ..policies.published import CONFIGS
 from ..policies.resolving import check_config, find_layout, read_config, resolve_family
 from ..recipes.schema import Recipe
+from ..rollouts.measures import CHUNK_ENTRIES
 from .settings import quiet_peft
 
 COUNTED = "unmask_counted"
@@ -70,13 +71,14 @@ def estimate(recipe: Recipe, ranks: int = 1) -> Estimate | None:
     rows, tokens = recipe.objective.chunk, recipe.rollout.prompt_limit + recipe.rollout.canvas
     scored = rows * _scored(recipe)
     vocabulary = denoiser.family.vocab_size
-    open_positions = recipe.rollout.micro_batch * _window(recipe)
+    # The statistics pass holds a chunk of logits and what it makes of them.
+    chunk = min(recipe.rollout.micro_batch * _window(recipe) * vocabulary, CHUNK_ENTRIES["other"])
     return Estimate(
         weights=(frozen if adapted else frozen + trained) // shares,
         adapter=trained // shares if adapted else 0,
         optimizer=GRADIENT_AND_MOMENTS * trained // shares,
         activations=saved_bytes(denoiser, rows, tokens, scored) + 3 * scored * vocabulary * 4,
-        rollout=4 * open_positions * vocabulary * 4,
+        rollout=4 * chunk * 4 + _store(denoiser, recipe),
         gathered=_gathered(denoiser) if sharded else 0,
         whole=_bytes(parameters) if sharded else 0,
     )
@@ -146,6 +148,17 @@ def _scored(recipe: Recipe) -> int:
 def _window(recipe: Recipe) -> int:
     schedule = recipe.rollout.sampler.schedule
     return int(schedule.get("size") or recipe.rollout.canvas)
+
+
+def _store(denoiser: Denoiser, recipe: Recipe) -> int:
+    """Return the bytes of the keys and values that a rollout's cache keeps."""
+    rollout, config = recipe.rollout, denoiser.base.config
+    if rollout.sampler.cache is None:
+        return 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layer = 2 * config.num_key_value_heads * width * denoiser.base.dtype.itemsize
+    places = rollout.micro_batch * (rollout.prompt_limit + rollout.canvas + 1)
+    return (2 if rollout.sampler.guidance else 1) * places * config.num_hidden_layers * layer
 
 
 def _bytes(tensors: Iterable[Any]) -> int:

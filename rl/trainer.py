@@ -32,6 +32,7 @@ from .config import UnmaskConfig
 from .distributed import gather_objects, rank, reduce_gradients, world_size
 from .evaluate import evaluate, heldout_rows
 from .finite import require_finite_gradient
+from .mismatch import mismatch_by_step
 from .objective import Objective, build_objective
 from .optimizers import build_optimizer
 from .plan import Plan
@@ -96,7 +97,9 @@ class UnmaskTrainer(Trainer):
         _check_group(args.num_generations, advantage)
         sampler = sampler or default_sampler(args)
         self.sampler = replace(sampler, temperature=args.temperature)
-        self.objective: Objective = objective or default_objective(args)
+        if self.sampler.refusal is not None:
+            raise RecipeError(f"sampler: {self.sampler.refusal}; there is no log-probability to train on.")
+        self.objective: Objective = objective or default_objective(args, self.sampler)
         self.advantage, self.optim = advantage, optim or {}
         self.worker = RolloutWorker(
             denoiser=denoiser,
@@ -116,7 +119,7 @@ class UnmaskTrainer(Trainer):
         # The plan in flight; the checkpoint that `train` resumes from; whether it has been read.
         self.plan: Plan | None = None
         self.checkpoint: Path | None = None
-        self.begun, self._metrics = False, dict[str, float]()
+        self.begun, self._metrics = False, dict[str, Any]()
         super().__init__(
             model=denoiser.model,
             args=args,
@@ -219,7 +222,7 @@ class UnmaskTrainer(Trainer):
         """Return the plan of a batch; every inner step reuses it."""
         assert batch.advantage_B is not None
         device = self.denoiser.device
-        return self.objective.plan(
+        plan = self.objective.plan(
             self.denoiser,
             self.reference,
             batch.trajectory.to(device),
@@ -227,6 +230,9 @@ class UnmaskTrainer(Trainer):
             rng=generator(self.args.seed, "estimator", step),
             sampler=self.sampler,
         )
+        if self.sampler.mismatch is not None and self.objective.old == "recompute":
+            self._metrics |= mismatch_by_step(plan)
+        return plan
 
     def _report(self, batch: RolloutBatch, step: int) -> None:
         """Add a batch's means over all ranks to the step's metrics, and store its rollouts when due."""
@@ -260,7 +266,8 @@ class UnmaskTrainer(Trainer):
             self._metrics = {}
         if rank() == 0 and not any(key.startswith("train_") for key in logs):
             self.records.write(self.state.global_step, {k: v for k, v in logs.items() if k != "epoch"})
-        super().log(logs, start_time)
+        # Trackers take numbers alone.
+        super().log({k: v for k, v in logs.items() if not isinstance(v, list)}, start_time)
 
 
 def prepare(model: Denoiser | str | Path, peft_config: Any, seed: int) -> Denoiser:
@@ -292,10 +299,11 @@ def default_sampler(args: UnmaskConfig) -> Sampler:
     return build_sampler(section, temperature=args.temperature)
 
 
-def default_objective(args: UnmaskConfig) -> Objective:
-    """Return CJ-GRPO with the arguments' clip range, beta and chunk."""
+def default_objective(args: UnmaskConfig, sampler: Sampler) -> Objective:
+    """Return CJ-GRPO with the arguments' clip range, beta and chunk, corrected where the sampler's draws need it."""
     clip = {"name": "ppo_clip", "low": args.epsilon, "high": args.epsilon_high or args.epsilon}
-    return build_objective({**CJ_GRPO, "surrogate": clip, "beta": args.beta, "chunk": args.chunk_size})
+    corrected = {"old": "recompute", "correction": "truncated"} if sampler.mismatch else {}
+    return build_objective({**CJ_GRPO, "surrogate": clip, "beta": args.beta, "chunk": args.chunk_size, **corrected})
 
 
 def _rewards(functions: Any, weights: list[float] | None) -> list[Reward]:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .caches import check_cache
 from .choices import Scored, rollout_choice
+from .columns import Cached
 from .forward import Forward, LogitSource, Rows, shared_rows
 from .lengths import resize
 from .measures import Statistics, measure_rows
@@ -54,6 +56,8 @@ def denoise(
     """
     run = _Run.start(denoiser, sampler, prompt_BQ, prompt_mask_BQ, canvas_BL, rollout_id_B, seed, step, group_B)
     run.static = canvas_BL.device.type != "cpu" if static is None else static
+    if run.forward.cached is not None:
+        run.forward.cached.static, run.forward.cached.lockstep = run.static, anyone is not None
     run.compact()
     live = len(run.alive_A) > 0
     while live or (anyone is not None and anyone(live)):
@@ -106,6 +110,7 @@ class _Run:
     ) -> _Run:
         """Return a run that has not called the denoiser yet."""
         family, device = denoiser.family, canvas_BL.device
+        check_cache(sampler.cache, denoiser)
         forward = Forward(
             denoiser,
             prompt_BQ,
@@ -113,6 +118,7 @@ class _Run:
             resizes=sampler.length is not None,
             guidance=sampler.guidance,
             shared_B=shared_rows(prompt_BQ, canvas_BL, group_B),
+            cached=None if sampler.cache is None else Cached(denoiser, sampler.cache),
         )
         length_B = sampler.start_length(canvas_BL)
         record = Record.start(canvas_BL, length_B, family.mask_token_id, torch.float32)
@@ -209,7 +215,7 @@ class _Run:
             asked_AL = window_AL | (~state.masked_AL & ~state.given_AL & state.exists_AL & window_AL.any(1)[:, None])
         flat_K = positions_of(asked_AL, sampler.width(length) if self.static else None)
         safe_K = flat_K.clamp(max=rows_A * length - 1)
-        rows = sampler.transformed(self.forward(state, self.alive_A, safe_K), state, safe_K)
+        rows = sampler.transformed(self.forward(state, self.alive_A, asked_AL, safe_K), state, safe_K)
         uniform_K = state.uniform("draw").view(-1)[safe_K]
         request = sampler.request(self.banned, state.eos_token_ids)
         current_K = state.canvas_AL.view(-1)[safe_K] if "current" in request.needs else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..recipes.registry import SLOTS, RecipeError
-from . import lengths, remasking, schedules, scores, selection, transforms  # noqa: F401 (importing registers the parts)
+from . import caches, lengths, remasking, schedules, scores, selection, transforms  # noqa: F401 (importing registers)
 from .forward import Rows
 from .lengths import Resize
 from .measures import Request
@@ -90,10 +90,20 @@ class Sampler:
         return None
 
     @property
+    def refusal(self) -> str | None:
+        """Return why rollouts have no log-probability, so that nothing can be trained on them; None where one is."""
+        if self.temperature == 0:
+            return "temperature 0 decides without a probability"
+        for part in self.parts:
+            if traits_of(part).status == "none":
+                return f"{bare(part).__name__}: {traits_of(part).learns or 'it has no density'}"
+        return None
+
+    @property
     def status(self) -> str:
         """What the recorded log-probability is: one of `STATUSES` (samplers.md section 1.7)."""
         found = [traits_of(part).status for part in self.parts]
-        if self.temperature == 0:
+        if self.refusal:
             found.append("none")
         if self.mismatch or (self.draws_first and not self.exact):
             found.append("behaviour only")
@@ -109,7 +119,7 @@ class Sampler:
         window_AL = quota.window_BL & state.masked_AL
         # Whatever a schedule of the user's says, a live row commits something: the loop ends.
         window_AL = torch.where(window_AL.any(dim=1, keepdim=True), window_AL, state.masked_AL)
-        return Quota(window_AL, quota.count_B.clamp(min=1))
+        return quota._replace(window_BL=window_AL, count_B=quota.count_B.clamp(min=1))
 
     def scores(self, state: State) -> Tensor:
         """Return `score_AL`, -inf outside the window."""
