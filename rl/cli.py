@@ -158,7 +158,7 @@ def check(
     arguments: RecipeArguments,
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the recipe with every default as YAML.")] = False,
     nproc: Annotated[
-        int | None, typer.Option("--nproc", min=1, help="Processes [default: 1, or 8 for a sharded model].")
+        int | None, typer.Option("--nproc", min=1, help="Processes [default: 1, or up to 8 for a sharded model].")
     ] = None,
     json_file: JsonFile = None,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,11 @@ def words(choice: dict[str, Any]) -> str:
 def summary(recipe: Recipe | SftRecipe, target: str, nproc: int | None = None) -> dict[str, Any]:
     """Return what a recipe will do, key by key, with the state of its data and the next command.
 
-    `nproc` processes share its work (None: one, or `MACHINE` where the recipe shares out its weights).
+    `nproc` processes share its work (None: one, or up to `MACHINE` where the recipe shares out its weights).
     """
-    sharded = isinstance(recipe, Recipe) and recipe.model.sharding == "fsdp"
-    nproc = nproc or (MACHINE if sharded else 1)
+    if nproc is None:
+        sharded = isinstance(recipe, Recipe) and recipe.model.sharding == "fsdp"
+        nproc = max(2, math.gcd(MACHINE, recipe.rollout.prompts)) if sharded else 1
     check_world(recipe, nproc)
     facts = _sft_facts(recipe) if isinstance(recipe, SftRecipe) else _rl_facts(recipe, nproc)
     facts["notes"] = notes(recipe)

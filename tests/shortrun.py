@@ -121,7 +121,8 @@ def start(loaded: Recipe, *, resume: Path | None = None, rank: int = 0, ranks: i
     """Start `unmask.rl.launch` as torchrun does, in a fork of a server that has only imported unmask."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["unmask.rl.launch"])
-    written, output = Path(f"{loaded.name}-launch.yaml").absolute(), Path(f"{loaded.name}-{rank}.txt").absolute()
+    # A file for each: one that is written again for the next rank may be read while it is empty.
+    written, output = (Path(f"{loaded.name}-{rank}.{kind}").absolute() for kind in ("yaml", "txt"))
     written.write_text(dump_recipe(loaded))
     environment = {"UNMASK_WORKER": "1", "OMP_NUM_THREADS": "1", **job.pop("environment", {})}
     arguments = [str(written), *(["--resume", str(resume)] if resume else [])]
@@ -148,9 +149,14 @@ def start_ranks(loaded: Recipe, ranks: int, *, resume: Path | None = None) -> li
 
 
 def finish(processes: Sequence[Process]) -> None:
-    """Wait for processes that must end well."""
-    for process in processes:
-        assert process.wait() == 0, process.text()
+    """Wait for processes that must end well; where one does not, the others would wait for it for ever."""
+    try:
+        for process in processes:
+            assert process.wait() == 0, process.text()
+    finally:
+        for process in processes:
+            if process.process.is_alive():
+                process.kill()
 
 
 def recipe_rows() -> Any:

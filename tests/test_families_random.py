@@ -256,6 +256,15 @@ def test_the_shipped_model_is_a_llama_under_lladas_names() -> None:
     assert apart(denoiser.logits(ids), reference(case, model, ids, lambda q, k: k <= q), 0) > 0.5
 
 
+def test_in_bfloat16_frequencies_stay_in_float32(made: tuple[Case, Any, Path]) -> None:
+    case, _, folder = made
+    full, half = (load_denoiser(str(folder), dtype=dtype, **case.options) for dtype in ("float32", "bfloat16"))
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    exact = dict(full.base.base_model.rotary_emb.named_buffers())
+    found = dict(half.base.base_model.rotary_emb.named_buffers())
+    assert found.keys() == exact.keys() and all(torch.equal(found[name], exact[name]) for name in exact)
+
+
 def test_its_adapter_is_on_every_linear_layer_but_the_head(made: tuple[Case, Any, Path]) -> None:
     case, _, folder = made
     denoiser = load_denoiser(str(folder), **case.options)

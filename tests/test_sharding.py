@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from unmask.policies.loading import load_denoiser
@@ -18,9 +19,12 @@ from unmask.policies.tokenizers import byte_tokenizer
 from unmask.recipes.loading import load_recipe
 from unmask.recipes.registry import RecipeError
 from unmask.rl import run
+from unmask.rl.checkpoints import CheckpointReadError, starting_point
 from unmask.rl.cli_summary import summary
+from unmask.rl.config import UnmaskConfig
 from unmask.rl.export import export
 from unmask.rl.memory import estimate
+from unmask.rl.settings import device_of
 
 sys.path.append(str(Path(__file__).parent))
 import shortrun
@@ -208,3 +212,20 @@ def test_check_tells_the_share_of_a_device(model: Path) -> None:
     assert "a device (weights" in facts[0]["memory"] and facts[0]["next"] == "unmask train short"
     assert "on each of 8 devices (weights" in facts[1]["memory"] and facts[1]["next"] == "unmask train short --nproc 8"
     assert "weights gathered for rollouts" in facts[1]["memory"]
+    # Fewer prompts keep fewer devices busy.
+    fewer = summary(shortrun.recipe(model, "model.sharding=fsdp", "rollout.prompts=12"), "short")
+    assert "on each of 4 devices" in fewer["memory"]
+
+
+def test_a_process_reads_weights_onto_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [device_of(name) for name in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [device_of(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
+
+
+def test_a_sharded_model_is_not_read_into_again(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointReadError, match="has sharded its model already; resume in a new one"):
+        starting_point(tmp_path, True, sharded=True)
+    with pytest.raises(RecipeError, match=r"UnmaskConfig\.sharding: 'zero' is neither none nor fsdp"):
+        UnmaskConfig(output_dir=str(tmp_path), sharding="zero")
