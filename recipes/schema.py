@@ -101,13 +101,13 @@ class SamplerSection(Section):
     schedule: Annotated[Part, InSlot("schedule")] = Field(description="which positions are open and how many to decide")
     score: Annotated[Part, InSlot("score")] = Field({"name": "confidence"}, description="how open positions are ranked")
     selection: Annotated[Part, InSlot("selection")] = Field({"name": "top"}, description="which of them are decided")
-    remasking: Annotated[Part | None, InSlot("remasking")] = Field(None, description="which decided tokens reopen")
-    editing: Annotated[Part | None, InSlot("editing")] = Field(None, description="which decided tokens are replaced")
-    length: Annotated[Part | None, InSlot("length")] = Field(None, description="how the canvas changes its length")
-    transforms: Annotated[list[Part], InSlot("transform")] = Field(
+    remasking: Annotated[Part, InSlot("remasking")] | None = Field(None, description="which decided tokens reopen")
+    editing: Annotated[Part, InSlot("editing")] | None = Field(None, description="which decided tokens are replaced")
+    length: Annotated[Part, InSlot("length")] | None = Field(None, description="how the canvas changes its length")
+    transforms: list[Annotated[Part, InSlot("transform")]] = Field(
         default_factory=list, description="what is done to logits first, in this order"
     )
-    cache: Annotated[Part | None, InSlot("cache")] = Field(
+    cache: Annotated[Part, InSlot("cache")] | None = Field(
         None, description="which keys and values are kept between steps; null: none, every step computes all"
     )
     score_temperature: float = Field(1.0, gt=0, description="temperature of the distribution that scores see")
