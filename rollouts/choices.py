@@ -134,15 +134,15 @@ def replayed_scores(sampler: Sampler, logits_WV: Tensor, state: State, banned: t
     assert state.window_AL is not None
     logp_WV = log_probs(logits_WV, temperature=sampler.score_temperature, banned=banned)
     flat_W = state.window_AL.view(-1).nonzero().squeeze(1)
-    needs, drawn_W = traits_of(sampler.score).needs, None
-    if "drawn" in needs:
-        target_W = state.canvas_AL.view(-1)[flat_W]
-        odds_WV = token_odds(logits_WV.detach(), temperature=sampler.score_temperature, banned=banned)
-        drawn_W = odds_WV.gather(1, target_W[:, None]).squeeze(1)
     mass_WV = logp_WV.exp()
     confidence_W, best_W = best_logprob(logp_WV), logp_WV.argmax(dim=1)
+    needs, token_W, drawn_W = traits_of(sampler.score).needs, best_W, None
+    if "drawn" in needs:
+        token_W = state.canvas_AL.view(-1)[flat_W]
+        odds_WV = token_odds(logits_WV.detach(), temperature=sampler.score_temperature, banned=banned)
+        drawn_W = odds_WV.gather(1, token_W[:, None]).squeeze(1)
     statistics = Statistics(
-        token=best_W,
+        token=token_W,
         logprob=torch.zeros_like(confidence_W),
         best=best_W,
         confidence=confidence_W,

@@ -13,8 +13,8 @@ from .choices import Scored, rollout_choice
 from .forward import Forward, LogitSource, Rows, shared_rows
 from .lengths import resize
 from .measures import Statistics, measure_rows
-from .sampler import Sampler
 from .ranking import rank
+from .sampler import Sampler
 from .state import Record, State
 from .trajectory import Trajectory
 

@@ -59,6 +59,13 @@ class Statistics(NamedTuple):
 
         return Statistics(*map(scatter, self))  # type: ignore[arg-type]
 
+    @staticmethod
+    def blank(rows: int, columns: int) -> Statistics:
+        """Return zeros in every field, for calling parts by themselves."""
+        number, ids = torch.zeros(rows, columns), torch.zeros(rows, columns, dtype=torch.long)
+        found = dict.fromkeys(Statistics._fields, number) | {"token": ids, "best": ids}
+        return Statistics(**found | {"top": number[..., None], "top_token": ids[..., None]})
+
 
 @dataclass(frozen=True)
 class Request:

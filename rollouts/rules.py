@@ -16,9 +16,7 @@ selection = SLOTS["selection"]
 
 
 @selection.register
-def local_leap(
-    score_BL: Tensor, quota: Quota, *, level: float = 0.9, relaxed: float = 0.75, radius: int = 4
-) -> Tensor:
+def local_leap(score_BL: Tensor, quota: Quota, *, level: float = 0.9, relaxed: float = 0.75, radius: int = 4) -> Tensor:
     """Positions that reach log(level), the anchors, and those that reach log(relaxed) within `radius` of an anchor.
 
     The best position alone where there is no anchor, whatever the quota (LocalLeap, Kong et al. 2025).

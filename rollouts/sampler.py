@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from ..recipes.registry import SLOTS, RecipeError
-from . import lengths, remasking, schedules, scores, selection, transforms  # noqa: F401 (importing registers the parts)
+from . import (  # noqa: F401 (importing registers the parts)
+    lengths,
+    paces,
+    remasking,
+    rules,
+    schedules,
+    scores,
+    selection,
+    transforms,
+)
 from .forward import Rows
 from .lengths import Resize
 from .measures import Request
@@ -247,8 +256,8 @@ def _check_parts(sampler: Sampler) -> None:
         part = getattr(sampler, slot)
         if sampler.exact_choice and traits_of(part).history:
             raise RecipeError(
-                f"sampler.{slot}: a trainer cannot rebuild what '{bare(part).__name__}' decided, and the log-probability "
-                "of drawn positions needs it; set exact: false, or use a selection and a score that do not draw."
+                f"sampler.{slot}: the log-probability of drawn positions needs what '{bare(part).__name__}' decided, "
+                "which a trainer cannot rebuild; set exact: false, or use a selection and a score that do not draw."
             )
 
 

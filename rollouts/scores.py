@@ -154,7 +154,9 @@ def _eos_factor(state: State, low: float, high: float, steps: int | None, growth
 
 def _early(score: Tensor, token: Tensor, state: State, factor_A: Tensor) -> Tensor:
     """Return the score with the factor where the token is an EOS."""
-    ends = functools.reduce(torch.logical_or, [token == eos for eos in state.eos_token_ids], torch.zeros_like(token) > 0)
+    ends = functools.reduce(
+        torch.logical_or, [token == eos for eos in state.eos_token_ids], torch.zeros_like(token) > 0
+    )
     return torch.where(ends, score + factor_A[:, None].to(score.dtype), score)
 
 

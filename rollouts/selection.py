@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from ..recipes.registry import SLOTS, RecipeError
-from . import rules  # noqa: F401 (importing registers them)
 from .ranking import Bar, check_level, check_positive, fewest, level_bar, lowest, rank
 from .schedules import Quota
 from .state import State
