@@ -35,18 +35,18 @@ def best(score_BL: Tensor, inside_BL: Tensor) -> Tensor:
     return (place_L == masked_BL.argmax(dim=1, keepdim=True)) & inside_BL
 
 
-def lowest(score_BL: Tensor, chosen_BL: Tensor) -> Tensor:
-    """Return the lowest chosen score of each row."""
-    return torch.where(chosen_BL, score_BL, torch.inf).amin(dim=1)
+def level_bar(score_BL: Tensor, chosen_BL: Tensor, level_B: Tensor | None = None) -> Bar:
+    """Return one bar a row: the lowest chosen score or, where that is lower, the level that the others missed.
 
-
-def level_bar(score_BL: Tensor, chosen_BL: Tensor, bar_B: Tensor) -> Bar:
-    """Return one bar a row for all its positions; a draw that equals it loses to the chosen position that set it."""
+    A draw that equals the lowest score loses to the chosen position of smaller index; one that equals the level passes.
+    """
+    bar_B = torch.where(chosen_BL, score_BL, torch.inf).amin(dim=1)
     place_L = torch.arange(score_BL.shape[1], device=score_BL.device)
-    setter_BL = chosen_BL & (score_BL == bar_B[:, None])
-    # Ties go to the smaller index: only what comes after the last position at the bar loses.
-    last_B = torch.where(setter_BL, place_L, -1).amax(dim=1)
-    last_B = torch.where(setter_BL.any(dim=1), last_B, len(place_L))
+    # Only what comes after the last position that has the lowest score loses a tie.
+    last_B = torch.where(chosen_BL & (score_BL == bar_B[:, None]), place_L, -1).amax(dim=1)
+    if level_B is not None:
+        last_B = torch.where(bar_B < level_B, last_B, len(place_L))
+        bar_B = bar_B.minimum(level_B)
     return Bar(bar_B[:, None].expand_as(score_BL), place_L > last_B[:, None])
 
 

@@ -13,14 +13,13 @@ log-probability (section 1.2).
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..recipes.registry import SLOTS, RecipeError
-from .ranking import Bar, check_level, check_positive, fewest, level_bar, lowest, rank
+from .ranking import Bar, check_level, check_positive, fewest, level_bar, rank
 from .schedules import Quota
 from .state import State
 from .traits import traits
@@ -36,7 +35,7 @@ def top(score_BL: Tensor, quota: Quota) -> Tensor:
 
 
 def _lowest_bar(score_BL: Tensor, chosen_BL: Tensor, window_BL: Tensor) -> Bar:
-    return level_bar(score_BL, chosen_BL, lowest(score_BL, chosen_BL))
+    return level_bar(score_BL, chosen_BL)
 
 
 top.bar = _lowest_bar  # type: ignore[attr-defined]
@@ -63,7 +62,7 @@ def threshold(score_BL: Tensor, quota: Quota, *, level: float = 0.9) -> Tensor:
 
 def _threshold_bar(score_BL: Tensor, chosen_BL: Tensor, window_BL: Tensor, *, level: float = 0.9) -> Bar:
     # Where positions below the level were needed, the lowest of them; else the level.
-    return level_bar(score_BL, chosen_BL, lowest(score_BL, chosen_BL).clamp(max=math.log(level)))
+    return level_bar(score_BL, chosen_BL, torch.full_like(score_BL[:, 0], check_level(level)))
 
 
 threshold.bar = _threshold_bar  # type: ignore[attr-defined]
@@ -100,7 +99,7 @@ def factor(score_BL: Tensor, quota: Quota, *, f: float = 1.0) -> Tensor:
 def _factor_bar(score_BL: Tensor, chosen_BL: Tensor, window_BL: Tensor, *, f: float = 1.0) -> Bar:
     # The best of the others failed at place n + 1, whose bar is 1 - f / (n + 2).
     level_B = _factor_level(chosen_BL.sum(dim=1) + 1, f)
-    return level_bar(score_BL, chosen_BL, lowest(score_BL, chosen_BL).minimum(level_B))
+    return level_bar(score_BL, chosen_BL, level_B)
 
 
 factor.bar = _factor_bar  # type: ignore[attr-defined]
@@ -125,7 +124,7 @@ def _frechet_bar(score_BL: Tensor, chosen_BL: Tensor, window_BL: Tensor, *, f: f
     # The best of the others, of miss m, failed: sum_S (1 - p) + 2 m > f.
     spent_B = torch.where(chosen_BL, -torch.expm1(score_BL.double()), 0.0).sum(dim=1)
     level_B = (1 - (f - spent_B) / 2).clamp(min=0.0).log()
-    return level_bar(score_BL, chosen_BL, lowest(score_BL, chosen_BL).minimum(level_B))
+    return level_bar(score_BL, chosen_BL, level_B)
 
 
 frechet.bar = _frechet_bar  # type: ignore[attr-defined]
