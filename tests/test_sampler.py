@@ -129,14 +129,7 @@ PAIRS = {
     *itertools.product(SCHEDULES, ["confidence"], SELECTIONS),
 }
 EVERY = [(*parts, ("stop", "none")[n % 2]) for n, parts in enumerate(sorted(PAIRS))]
-NO_CLOSED_FORM = {
-    "entropy_budget",
-    "plackett_luce",
-    "running_threshold",
-    "explore",
-    "stable",
-    "slow_fast",
-}
+NO_CLOSED_FORM = {"entropy_budget", "plackett_luce", "running_threshold", "explore", "stable", "slow_fast"}
 KINDS = [("confidence", "top"), ("confidence", "threshold"), ("sampled_confidence", "top")]
 
 
@@ -251,7 +244,18 @@ def test_recorded_log_probs_are_those_recomputed(
         assert trajectory.logprob_BL[b, i].item() == pytest.approx(expected, abs=2e-5)
 
 
-@pytest.mark.parametrize(("score", "selection"), [*KINDS, ("random", "top")])
+@pytest.mark.parametrize(
+    ("score", "selection"),
+    [
+        *KINDS,
+        ("random", "top"),
+        ("confidence", "plackett_luce"),
+        ("confidence", "running_threshold"),
+        ("confidence", "slow_fast"),
+        ("confidence", "stable"),
+        ("sampled_eoser", "hierarchical"),
+    ],
+)
 def test_a_rollout_does_not_depend_on_its_batch(model: Denoiser, score: str, selection: str) -> None:
     """Alone and without padding, in another order, or beside longer prompts: the same tokens and log-probs."""
     sampler = sampler_of("blocks", score, selection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from unmask.policies.denoiser import Denoiser
 from unmask.policies.loading import new_denoiser
-from unmask.recipes.registry import RecipeError
+from unmask.recipes.registry import SLOTS, RecipeError
 from unmask.rl.objective import build_objective
 from unmask.rollouts.choices import Scored, choice_logprob
 from unmask.rollouts.engine import denoise
@@ -101,6 +102,51 @@ def test_a_draw_exactly_at_a_level_passes(name: str) -> None:
     chosen_BL = torch.tensor([[True, False, True]])
     state, scored = State.of(torch.full((1, 3), MASK), MASK), Scored(score_BL, chosen_BL, chosen_BL.long(), window_BL)
     assert choice_logprob(sampler, torch.zeros(3, 2, dtype=torch.float64), scored, state, ()) == -torch.inf
+
+
+# --- A drawn order ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", ["score", "probability"])
+def test_an_order_is_drawn_as_often_as_its_log_probability_says(of: str) -> None:
+    """40,000 draws of 2 of 4 positions: all 12 orders within 4 standard errors, and their probabilities sum to 1."""
+    rows, chance_L = 40_000, torch.tensor([0.9, 0.2, 0.0, 0.5, 0.6], dtype=torch.float64)
+    window_BL = torch.tensor([True, True, False, True, True]).expand(rows, -1)
+    score_BL = chance_L.log().expand(rows, -1)
+    part = SLOTS["selection"].build({"name": "plackett_luce", "temperature": 0.7, "of": of})
+    state = State.of(torch.where(window_BL, MASK, 0), MASK)
+    chosen_BL = part(score_BL, Quota(window_BL, torch.full((rows,), 2)), state=state)
+    assert (chosen_BL.sum(1) == 2).all() and not chosen_BL[:, 2].any()
+    place_BL = rank(part.func.keys(score_BL, state, temperature=0.7, of=of))
+    rank_BL = torch.where(chosen_BL, place_BL, -1)
+    first_B, second_B = ((rank_BL == n).long().argmax(dim=1) for n in (0, 1))
+    logprob_B = part.func.order_logprob(score_BL, chosen_BL, rank_BL, window_BL, temperature=0.7, of=of)
+    weight = {i: math.exp((c if of == "probability" else math.log(c)) / 0.7) for i, c in enumerate(chance_L) if c > 0}
+    total = 0.0
+    for i, j in itertools.permutations(weight, 2):
+        share = weight[i] / sum(weight.values()) * weight[j] / (sum(weight.values()) - weight[i])
+        drawn_B = (first_B == i) & (second_B == j)
+        assert abs(drawn_B.sum().item() - rows * share) < 4 * math.sqrt(rows * share * (1 - share))
+        torch.testing.assert_close(logprob_B[drawn_B].exp(), torch.full_like(logprob_B[drawn_B], share))
+        total += share
+    assert total == pytest.approx(1)
+
+
+def test_the_gradient_of_an_order_is_finite_and_right() -> None:
+    score_BL = torch.tensor([[-0.1, -2.0, -torch.inf, -0.7, -90.0]], dtype=torch.float64, requires_grad=True)
+    chosen_BL = torch.tensor([[True, False, False, True, False]])
+    rank_BL, window_BL = torch.tensor([[1, -1, -1, 0, -1]]), score_BL.detach() > -torch.inf
+    order_logprob = SLOTS["selection"].get("plackett_luce").order_logprob
+    order_logprob(score_BL, chosen_BL, rank_BL, window_BL, temperature=0.5).sum().backward()
+    # d/dw of w_3 - lse(w_0, w_1, w_3, w_4) + w_0 - lse(w_0, w_1, w_4), times dw/dscore = 2.
+    w = [2 * s for s in (-0.1, -2.0, -0.7, -90.0)]
+    first = torch.tensor(w, dtype=torch.float64).softmax(0)
+    second = torch.tensor([w[0], w[1], w[3]], dtype=torch.float64).softmax(0)
+    expected = [1 - first[0] - second[0], -first[1] - second[1], 0, 1 - first[2], -first[3] - second[2]]
+    torch.testing.assert_close(score_BL.grad[0], 2 * torch.tensor(expected, dtype=torch.float64))
+
+
+# --- In rollout and trainer ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
