@@ -15,8 +15,8 @@ from .columns import Cached
 from .forward import Forward, LogitSource, Rows, shared_rows
 from .lengths import resize
 from .measures import Statistics, measure_rows
+from .ranking import rank
 from .sampler import Sampler
-from .selection import rank
 from .state import Record, State
 from .trajectory import Trajectory
 
@@ -189,9 +189,10 @@ class _Run:
             window_BL=window_AL, count_B=torch.where(last_A, state.canvas_AL.shape[1], quota.count_B)
         )
         state.window_AL, state.quota = window_AL, quota
-        rows, asked_AL, state.statistics = self._measure(state, window_AL)
+        rows, flat_K, state.statistics = self._measure(state, window_AL)
         score_AL = sampler.scores(state)
-        place_AL = rank(torch.where(window_AL, score_AL.clamp(min=torch.finfo(score_AL.dtype).min), -torch.inf))
+        keys_AL = sampler.keys(state, score_AL)
+        place_AL = rank(torch.where(window_AL, keys_AL.clamp(min=torch.finfo(keys_AL.dtype).min), -torch.inf))
         chosen_AL = sampler.choose(state, score_AL, quota) & window_AL
         # Whatever a selection of the user's says, a live row commits something: the loop ends.
         chosen_AL |= (place_AL == 0) & window_AL & ~chosen_AL.any(dim=1, keepdim=True)
@@ -199,7 +200,7 @@ class _Run:
         rank_AL = rank(torch.where(chosen_AL, -place_AL.double(), -torch.inf))
         if sampler.exact_choice:
             scored = Scored(score_AL, chosen_AL, rank_AL, window_AL)
-            choice_A = rollout_choice(sampler, rows, asked_AL, scored, self.banned)
+            choice_A = rollout_choice(sampler, rows, flat_K, scored, state, self.banned)
             choice_B = choice_A.new_zeros(len(self.record.tokens_BL))
             self.record.choice_logprobs.append(choice_B.index_copy(0, self.alive_A, choice_A))
         self._commit(state, Scored(score_AL, chosen_AL, rank_AL, window_AL), live_A & ~last_A)
@@ -207,7 +208,7 @@ class _Run:
         self.memory = state.memory
 
     def _measure(self, state: State, window_AL: Tensor) -> tuple[Rows, Tensor, Statistics]:
-        """Call the denoiser; return the logits of the asked positions, which these are, and their statistics."""
+        """Call the denoiser; return the logits of the asked positions, these positions, and their statistics."""
         sampler, (rows_A, length) = self.sampler, state.canvas_AL.shape
         asked_AL = window_AL
         if sampler.looks_at_canvas:
@@ -222,7 +223,7 @@ class _Run:
         found = measure_rows(rows.logits, len(flat_K), rows.vocabulary, uniform_K, request, current_K)
         table = found.table(flat_K, rows_A, length)
         self._note_broken(state, table, asked_AL)
-        return rows, asked_AL, table
+        return rows, flat_K, table
 
     def _note_broken(self, state: State, table: Statistics, asked_AL: Tensor) -> None:
         """Remember the first position of each row without a distribution; `check` raises, one look a few steps."""

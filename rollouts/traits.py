@@ -17,24 +17,32 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Traits:
     """`needs`: optional fields of Statistics; `status`: one of STATUSES; `canvas`: statistics of decided tokens too.
 
-    `whole`: a transform that must see all rows of a step at once. `learns`: why a status is not exact, for the user.
+    `whole`: a transform that must see all rows of a step at once. `history`: decides with noise or memory that only the
+    rollout has, so that a trainer cannot rebuild it. `learns`: why a status is not exact, for the user.
     """
 
     needs: frozenset[str] = frozenset()
     status: str = "exact"
     canvas: bool = False
     whole: bool = False
+    history: bool = False
     learns: str = ""
 
 
 def traits(
-    *, needs: tuple[str, ...] = (), status: str = "exact", canvas: bool = False, whole: bool = False, learns: str = ""
+    *,
+    needs: tuple[str, ...] = (),
+    status: str = "exact",
+    canvas: bool = False,
+    whole: bool = False,
+    history: bool = False,
+    learns: str = "",
 ) -> Callable[[F], F]:
     """Return a decorator that gives a part its traits."""
     assert status in STATUSES
 
     def mark(function: F) -> F:
-        function.traits = Traits(frozenset(needs), status, canvas, whole, learns)  # type: ignore[attr-defined]
+        function.traits = Traits(frozenset(needs), status, canvas, whole, history, learns)  # type: ignore[attr-defined]
         return function
 
     return mark
