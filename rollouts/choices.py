@@ -35,7 +35,7 @@ def choice_logprob(sampler: Sampler, logits_WV: Tensor, scored: Scored, banned: 
         return bare(sampler.selection).order_logprob(*scored, **knobs_of(sampler.selection))
     if sampler.temperature == 0:
         return torch.zeros(len(scored.score_AL), device=logits_WV.device)
-    bar_K, tie_K, rest_K, row_K = _bars(sampler, scored)
+    bar_K, tie_K, rest_K, row_K = _bars(sampler, scored, scored.window_AL.reshape(-1).nonzero().squeeze(1))
     tail = tail_logprob(
         logits_WV[rest_K],
         bar_K[rest_K],
@@ -47,11 +47,14 @@ def choice_logprob(sampler: Sampler, logits_WV: Tensor, scored: Scored, banned: 
     return torch.zeros(len(scored.score_AL), device=tail.device, dtype=tail.dtype).index_add(0, row_K[rest_K], tail)
 
 
-def rollout_choice(sampler: Sampler, rows: Rows, asked_AL: Tensor, scored: Scored, banned: tuple[int, ...]) -> Tensor:
-    """Return `choice_A` as `choice_logprob`, from logits that are computed a second time, a chunk at a time."""
+def rollout_choice(sampler: Sampler, rows: Rows, flat_K: Tensor, scored: Scored, banned: tuple[int, ...]) -> Tensor:
+    """Return `choice_A` as `choice_logprob`, from logits that are computed a second time, a chunk at a time.
+
+    `flat_K` are the positions of the rows (row x L + position; behind the last one: padding), the window among them.
+    """
     if not sampler.draws_first or sampler.temperature == 0:
         return choice_logprob(sampler, scored.score_AL, scored, banned)
-    bar_K, tie_K, rest_K, row_K = _bars(sampler, scored)
+    bar_K, tie_K, rest_K, row_K = _bars(sampler, scored, flat_K)
     size = max(1, CHUNK_ENTRIES.get(bar_K.device.type, CHUNK_ENTRIES["other"]) // rows.vocabulary)
     parts = [
         tail_logprob(
@@ -68,17 +71,22 @@ def rollout_choice(sampler: Sampler, rows: Rows, asked_AL: Tensor, scored: Score
     return scored.score_AL.new_zeros(len(scored.score_AL)).index_add(0, row_K, tail_K)
 
 
-def _bars(sampler: Sampler, scored: Scored) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return of every window position its row's bar, whether equality stays below it, if it was left open, its row."""
+def _bars(sampler: Sampler, scored: Scored, flat_K: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return of the positions `flat_K` their row's bar, whether equality stays below it, if it was left open, its row.
+
+    What is padding, or outside the window, was not left open.
+    """
     score_NL, chosen_NL, _, window_NL = scored
-    selection = sampler.selection
+    selection, (rows, length) = sampler.selection, score_NL.shape
     bar_N = bare(selection).bar(score_NL, chosen_NL, **knobs_of(selection))
-    place_L = torch.arange(score_NL.shape[1], device=score_NL.device)
+    place_L = torch.arange(length, device=score_NL.device)
     at_bar_NL = chosen_NL & (score_NL == bar_N[:, None])
     # A draw that equals the bar loses to the chosen position of smaller index that set it.
-    last_N = torch.where(at_bar_NL.any(dim=1), torch.where(at_bar_NL, place_L, -1).amax(dim=1), len(place_L))
-    row_K, position_K = window_NL.nonzero(as_tuple=True)
-    return bar_N[row_K], position_K > last_N[row_K], ~chosen_NL[window_NL], row_K
+    last_N = torch.where(at_bar_NL.any(dim=1), torch.where(at_bar_NL, place_L, -1).amax(dim=1), length)
+    safe_K = flat_K.clamp(max=rows * length - 1)
+    row_K, position_K = safe_K // length, safe_K % length
+    rest_K = (flat_K < rows * length) & (window_NL & ~chosen_NL).view(-1)[safe_K]
+    return bar_N[row_K], position_K > last_N[row_K], rest_K, row_K
 
 
 def tail_logprob(
