@@ -30,3 +30,10 @@ def toys() -> ModuleType:
 def onegraph() -> ModuleType:
     """Off-policy toy rollouts and their loss written out independently (tests/onegraph.py)."""
     return _load("onegraph")
+
+
+@pytest.fixture(scope="session")
+def retractions(toys: ModuleType) -> ModuleType:
+    """Every trajectory of a toy whose sampler takes tokens back (tests/retractions.py)."""
+    _load("retractcases")
+    return _load("retractions")
