@@ -202,8 +202,12 @@ class Sampler:
         return rows
 
     def banned(self, family: Any) -> tuple[int, ...]:
-        """Return the token ids that are never drawn."""
-        return (family.mask_token_id, *(family.eos_token_ids if self.suppress_eos else ()))
+        """Return the token ids that are never drawn: the mask, EOS where it is suppressed, those that parts ban."""
+        found = [family.mask_token_id, *(family.eos_token_ids if self.suppress_eos else ())]
+        for part in self.transforms:
+            bans = getattr(bare(part), "bans", None)
+            found += bans(**knobs_of(part)) if bans is not None else ()
+        return tuple(dict.fromkeys(found))
 
 
 def build_sampler(section: Mapping[str, Any], *, temperature: float = 1.0) -> Sampler:
