@@ -11,6 +11,7 @@ from torch import Tensor
 from ..rollouts.categorical import log_probs
 from ..rollouts.choices import Scored, choice_logprob, replayed_scores
 from ..rollouts.forward import LogitSource, window_logits
+from .sharding import whole
 from .views import Views
 
 IMPOSSIBLE = -100.0  # nats; stands for log 0 of a recorded choice that the policy can no longer make
@@ -73,11 +74,11 @@ def _choices(views: Views, logits_WV: Tensor, window_NL: Tensor) -> Tensor:
     state.window_AL = window_NL
     if not sampler.draws_first:
         score_NL = replayed_scores(sampler, logits_WV, state, banned)
-        return choice_logprob(sampler, logits_WV, Scored(score_NL, chosen_NL, rank_NL, window_NL), banned)
+        return choice_logprob(sampler, logits_WV, Scored(score_NL, chosen_NL, rank_NL, window_NL), state, banned)
     with torch.no_grad():
         score_NL = replayed_scores(sampler, logits_WV.detach(), state, banned)
     scored = Scored(score_NL, chosen_NL, rank_NL, window_NL)
-    choice_N = choice_logprob(sampler, logits_WV, scored, banned)
+    choice_N = choice_logprob(sampler, logits_WV, scored, state, banned)
     possible_N = choice_N > -torch.inf
     if bool(possible_N.all()) or bool(choice_N.isnan().any()):
         return choice_N
@@ -85,14 +86,16 @@ def _choices(views: Views, logits_WV: Tensor, window_NL: Tensor) -> Tensor:
     # log 0 is NaN. Only the other views are differentiated.
     kept_WV = logits_WV[possible_N[window_NL.nonzero()[:, 0]]]
     index_N = possible_N.nonzero()[:, 0]
-    kept = choice_logprob(sampler, kept_WV, Scored(*(table[possible_N] for table in scored)), banned)
+    kept_scored, kept_state = Scored(*(table[possible_N] for table in scored)), views.where(possible_N).state()
+    kept = choice_logprob(sampler, kept_WV, kept_scored, kept_state, banned)
     return torch.full_like(choice_N, IMPOSSIBLE).index_copy(0, index_N, kept)
 
 
 @torch.no_grad()
 def replay_all(denoiser: LogitSource, views: Views, size: int) -> Scores:
     """Return the scores of all views without gradient, `size` views a forward."""
-    parts = [replay(denoiser, views.part(start, stop)) for start, stop in chunks(views, size)]
+    with whole(denoiser):
+        parts = [replay(denoiser, views.part(start, stop)) for start, stop in chunks(views, size)]
     return join(views, parts)
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .caches import check_cache
 from .choices import Scored, rollout_choice
+from .columns import Cached
 from .forward import Forward, LogitSource, Rows, shared_rows
 from .measures import Statistics, measure_rows
+from .ranking import rank
 from .revisions import commit
 from .sampler import Sampler
-from .selection import rank
 from .state import Record, State
 from .trajectory import Trajectory
 
@@ -58,6 +60,8 @@ def denoise(
         denoiser, sampler, prompt_BQ, prompt_mask_BQ, canvas_BL, rollout_id_B, seed, step, group_B, draft_BL
     )
     run.static = canvas_BL.device.type != "cpu" if static is None else static
+    if run.forward.cached is not None:
+        run.forward.cached.static, run.forward.cached.lockstep = run.static, anyone is not None
     run.compact()
     live = len(run.alive_A) > 0
     while live or (anyone is not None and anyone(live)):
@@ -112,6 +116,7 @@ class _Run:
     ) -> _Run:
         """Return a run that has not called the denoiser yet."""
         family, device = denoiser.family, canvas_BL.device
+        check_cache(sampler.cache, denoiser)
         forward = Forward(
             denoiser,
             prompt_BQ,
@@ -119,6 +124,7 @@ class _Run:
             resizes=sampler.length is not None,
             guidance=sampler.guidance,
             shared_B=shared_rows(prompt_BQ, canvas_BL, group_B),
+            cached=None if sampler.cache is None else Cached(denoiser, sampler.cache),
         )
         length_B = sampler.start_length(canvas_BL)
         record = Record.start(canvas_BL, draft_BL, length_B, family.mask_token_id)
@@ -196,7 +202,8 @@ class _Run:
         state.window_AL, state.quota = window_AL, quota
         rows, flat_K, state.statistics = self._measure(state, live_A)
         score_AL = sampler.scores(state)
-        place_AL = rank(torch.where(window_AL, score_AL.clamp(min=torch.finfo(score_AL.dtype).min), -torch.inf))
+        keys_AL = sampler.keys(state, score_AL)
+        place_AL = rank(torch.where(window_AL, keys_AL.clamp(min=torch.finfo(keys_AL.dtype).min), -torch.inf))
         chosen_AL = sampler.choose(state, score_AL, quota) & window_AL
         # Whatever a selection of the user's says, a live row commits something: the loop ends.
         chosen_AL |= (place_AL == 0) & window_AL & ~chosen_AL.any(dim=1, keepdim=True)
@@ -205,19 +212,19 @@ class _Run:
         rank_AL = rank(torch.where(chosen_AL, -place_AL.double(), -torch.inf))
         scored = Scored(score_AL, chosen_AL, rank_AL, window_AL)
         if sampler.exact_choice:
-            choice_A = rollout_choice(sampler, rows, flat_K, scored, self.banned)
+            choice_A = rollout_choice(sampler, rows, flat_K, scored, state, self.banned)
             choice_B = choice_A.new_zeros(len(self.record.tokens_BL))
             self.record.choice_logprobs.append(choice_B.index_copy(0, self.alive_A, choice_A))
         self.memory = commit(self.record, sampler, state, scored, self.alive_A, live_A & ~last_A)
         self.record.steps_B[self.alive_A] = state.step_A + live_A
 
     def _measure(self, state: State, live_A: Tensor) -> tuple[Rows, Tensor, Statistics]:
-        """Call the denoiser; return the logits of the asked positions, which these are, and their statistics."""
+        """Call the denoiser; return the logits of the asked positions, these positions, and their statistics."""
         sampler, (rows_A, length) = self.sampler, state.canvas_AL.shape
         asked_AL = asked_positions(sampler.reach, state, live_A)
         flat_K = positions_of(asked_AL, sampler.width(length) if self.static else None)
         safe_K = flat_K.clamp(max=rows_A * length - 1)
-        rows = sampler.transformed(self.forward(state, self.alive_A, safe_K), state, safe_K)
+        rows = sampler.transformed(self.forward(state, self.alive_A, asked_AL, safe_K), state, safe_K)
         uniform_K = state.uniform("draw").view(-1)[safe_K]
         request = sampler.request(self.banned, state.eos_token_ids)
         current_K = state.canvas_AL.view(-1)[safe_K] if "current" in request.needs else None

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..recipes.registry import SLOTS, RecipeError
 from .measures import Statistics
+from .ranking import rank
 from .schedules import Quota
-from .selection import rank
 from .state import State
 from .traits import traits
 

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from ..recipes.registry import SLOTS, RecipeError
-from . import lengths, remasking, schedules, scores, selection, transforms  # noqa: F401 (importing registers the parts)
+from . import (  # noqa: F401 (importing registers the parts)
+    caches,
+    lengths,
+    paces,
+    remasking,
+    rules,
+    schedules,
+    scores,
+    selection,
+    transforms,
+)
 from .forward import Rows
 from .lengths import Resize
 from .measures import Request
@@ -66,7 +76,12 @@ class Sampler:
     @property
     def exact_choice(self) -> bool:
         """Whether the choice of positions is an action whose log-probability is recorded."""
-        return self.exact and (self.draws_first or hasattr(bare(self.selection), "order_logprob"))
+        return self.exact and self.chooses_at_random
+
+    @property
+    def chooses_at_random(self) -> bool:
+        """Whether the positions are decided by draws whose chances the weights move."""
+        return self.draws_first or hasattr(bare(self.selection), "order_logprob")
 
     @property
     def revises(self) -> bool:
@@ -109,14 +124,24 @@ class Sampler:
         return None
 
     @property
+    def refusal(self) -> str | None:
+        """Return why rollouts have no log-probability, so that nothing can be trained on them; None where one is."""
+        if self.temperature == 0:
+            return "temperature 0 decides without a probability"
+        for part in self.parts:
+            if traits_of(part).status == "none":
+                return f"{bare(part).__name__}: {traits_of(part).learns or 'it has no density'}"
+        return None
+
+    @property
     def status(self) -> str:
         """What the recorded log-probability is: one of `STATUSES` (samplers.md section 1.7)."""
         found = [traits_of(part).status for part in self.parts]
-        if self.temperature == 0:
+        if self.refusal:
             found.append("none")
-        if self.mismatch or (self.draws_first and not self.exact):
+        if self.mismatch or (self.chooses_at_random and not self.exact):
             found.append("behaviour only")
-        if self.draws_first and any(traits.drops for traits in self.traits):
+        if self.chooses_at_random and any(traits.drops for traits in self.traits):
             # What is drawn and dropped decides what stays: no closed form.
             found.append("behaviour only")
         return max(found, key=STATUSES.index)
@@ -160,6 +185,11 @@ class Sampler:
         """Return the selection's positions."""
         more = {"state": state} if wants(self.selection, "state") else {}
         return self.selection(score_AL, quota, **more)
+
+    def keys(self, state: State, score_AL: Tensor) -> Tensor:
+        """Return what the chosen positions are ranked by: the score, or its noisy form where the order is drawn."""
+        keys = getattr(bare(self.selection), "keys", None)
+        return score_AL if keys is None else keys(score_AL, state, **knobs_of(self.selection))
 
     def revise(self, state: State, chosen_AL: Tensor, score_AL: Tensor) -> Tensor:
         """Return the positions that the remasking takes back."""
@@ -274,6 +304,13 @@ def _check_parts(sampler: Sampler) -> None:
         raise RecipeError(
             f"sampler.selection: '{name}' has no closed form over drawn tokens; set exact: false, or score confidence."
         )
+    for slot in ("schedule", "score"):
+        part = getattr(sampler, slot)
+        if sampler.exact_choice and traits_of(part).history:
+            raise RecipeError(
+                f"sampler.{slot}: the log-probability of drawn positions needs what '{bare(part).__name__}' decided, "
+                "which a trainer cannot rebuild; set exact: false, or use a selection and a score that do not draw."
+            )
 
 
 def traits_named(slot: str, name: str) -> Traits:

@@ -21,7 +21,8 @@ class Traits:
     `canvas`: statistics of decided tokens are wanted too, with `local` those of the schedule's region alone; `shadow`:
     they are those of a column that does not see the token (`rollouts.shadow`). `everywhere`: statistics of every
     position that exists. `whole`: a transform that must see all rows of a step at once; `group`: rollouts of a group
-    are not independent. `drops`: a remasking that discards what was drawn in the same step.
+    are not independent. `drops`: a remasking that discards what was drawn in the same step. `history`: decides with
+    noise or memory that only the rollout has, so that a trainer cannot rebuild it.
     """
 
     needs: frozenset[str] = frozenset()
@@ -34,6 +35,7 @@ class Traits:
     whole: bool = False
     group: bool = False
     drops: bool = False
+    history: bool = False
 
 
 def traits(*, needs: tuple[str, ...] = (), status: str = "exact", learns: str = "", **flags: bool) -> Callable[[F], F]:
