@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from .correcting import check_density, correction_notes
 from .registry import SLOTS, RecipeError
 from .schema import EvaluationSection, ObjectiveSection, Recipe, SamplerSection, SftEvaluationSection, SftRecipe
 
@@ -19,6 +20,7 @@ def check_recipe(recipe: Recipe | SftRecipe) -> None:
         _check_sft(recipe)
         return
     _check_model(recipe.model)
+    _check_sharding(recipe)
     _check_task(recipe.task, "task")
     _check_rollout(recipe)
     _check_objective(recipe)
@@ -32,6 +34,11 @@ def check_world(recipe: Recipe | SftRecipe, ranks: int) -> None:
     """Raise RecipeError when a batch cannot be shared evenly by `ranks` processes; called at launch."""
     if ranks < 1:
         raise RecipeError(f"nproc: {ranks} is no number of processes; use 1 or more.")
+    if isinstance(recipe, Recipe) and recipe.model.sharding == "fsdp" and ranks == 1:
+        raise RecipeError(
+            "model.sharding: fsdp shares the weights among processes and there is one; start several (--nproc 8), or "
+            "set model.sharding to none."
+        )
     where, rows, what = (
         ("sft.batch", recipe.sft.batch, "rows")
         if isinstance(recipe, SftRecipe)
@@ -85,6 +92,7 @@ def notes(recipe: Recipe | SftRecipe) -> list[str]:
         found.append(f"surrogate 'importance' does not bound the ratio over {objective.inner_steps} inner steps.")
     if objective.inner_steps == 1 and objective.old == "recompute" and objective.correction.name == "none":
         found.append("old: recompute costs a forward a view; with one inner step the ratio it gives is 1 everywhere.")
+    found += correction_notes(recipe)
     if eos.suppress and eos.rule == "stop":
         found.append("eos.rule 'stop' never applies while EOS is suppressed.")
     if recipe.model.lora is not None and recipe.model.lora.dropout > 0:
@@ -109,6 +117,23 @@ def _check_model(model: Any) -> None:
         )
 
 
+def _check_sharding(recipe: Recipe) -> None:
+    model = recipe.model
+    if model.sharding == "none":
+        return
+    if model.quantization is not None:
+        raise RecipeError(
+            f"model.sharding: fsdp cannot share out {model.quantization} weights; set model.quantization to null, or "
+            "model.sharding to none (each process then holds the whole base)."
+        )
+    if model.device == "mps" or ":" in model.device:
+        raise RecipeError(f"model.sharding: fsdp takes a device a process, not {model.device}; use cuda, cpu or auto.")
+    if recipe.optim.optimizer == "muon":
+        raise RecipeError(
+            "model.sharding: fsdp keeps rows of a matrix on each process, muon needs whole ones; use optimizer adamw."
+        )
+
+
 def _check_task(choice: dict[str, Any], where: str) -> None:
     if "seed" in choice:
         raise RecipeError(f"{where}.seed: {choice['seed']} has no effect; the data follow run.seed.")
@@ -129,6 +154,7 @@ def _check_rollout(recipe: Recipe) -> None:
     if all(entry.weight == 0 for entry in recipe.rewards):
         raise RecipeError("rewards: every weight is 0, so nothing would be learnt; give one reward another weight.")
     check_sampler(rollout.sampler, rollout.canvas, "rollout.sampler", "rollout.canvas")
+    check_density(recipe)
 
 
 def check_sampler(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) -> None:
@@ -152,6 +178,7 @@ def _probe(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) ->
     """Call schedule, score and selection once on a blank canvas: parts check their own knobs when they are called."""
     import torch
 
+    from ..rollouts.caches import Layout
     from ..rollouts.measures import Statistics
     from ..rollouts.sampler import build_sampler
     from ..rollouts.state import State
@@ -163,6 +190,8 @@ def _probe(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) ->
         state.quota = built.quota(state)
         state.window_AL = state.quota.window_BL
         built.choose(state, built.scores(state), state.quota)
+        if built.cache is not None:
+            built.cache(state, Layout.of(state))
     except RecipeError as error:
         raise RecipeError(f"{where}.{error} ({canvas_key}: {canvas})") from error
 

@@ -71,6 +71,7 @@ def resolve(data: dict[str, Any]) -> Recipe | SftRecipe:
     kind = data.get("kind", "rl")
     if not isinstance(kind, str) or kind not in KINDS:
         raise RecipeError(f"kind: {kind!r} is not one of {', '.join(KINDS)}.{nearest(str(kind), list(KINDS))}")
+    written = data.get("objective")
     data = _with_evaluation_sampler(_with_samplers(_with_method(data)), kind)
     try:
         recipe = KINDS[kind].model_validate(data)
@@ -78,9 +79,12 @@ def resolve(data: dict[str, Any]) -> Recipe | SftRecipe:
         raise RecipeError(explain(error, KINDS[kind])) from error
     for place in parts_of(recipe):
         place.put(_checked(place))
+    from .correcting import settle_correction
     from .crosschecks import check_recipe
 
     check_recipe(recipe)
+    if isinstance(recipe, Recipe):
+        settle_correction(recipe, written if isinstance(written, dict) else {})
     return recipe
 
 

@@ -80,6 +80,9 @@ class ModelSection(Section):
     block_length: Count | None = Field(None, description="block of a block-causal family; null: config.json's")
     context: Count | None = Field(None, description="longest sequence, for which RoPE is rescaled (NTK); null: as is")
     quantization: Literal["4bit"] | None = Field(None, description="4bit: NF4 base under a LoRA adapter (bitsandbytes)")
+    sharding: Literal["none", "fsdp"] = Field(
+        "none", description="fsdp: weights, gradients and optimizer shared out among the processes (FSDP2, --nproc)"
+    )
     lora: LoraSection | None = Field(None, description="adapter; null trains all weights")
 
 
@@ -175,7 +178,9 @@ class ObjectiveSection(Section):
         "auto", description="auto: none at beta 0, else adapter_off with LoRA and frozen_copy without"
     )
     correction: Annotated[CorrectionSection, BeforeValidator(named)] = Field(
-        default_factory=lambda: CorrectionSection.model_validate({}), description="off-policy correction"
+        default_factory=lambda: CorrectionSection.model_validate({}),
+        description="off-policy correction; unset: truncated, with old: recompute, where the sampler draws from other "
+        "distributions than the policy (approximate cache, guidance, top_p)",
     )
     inner_steps: Int = Field(1, ge=1, description="optimizer steps on each batch of rollouts")
     old: Literal["rollout", "recompute"] = Field("rollout", description="where the ratio's denominator comes from")

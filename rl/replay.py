@@ -11,7 +11,7 @@ from torch import Tensor
 from ..rollouts.categorical import log_probs
 from ..rollouts.choices import Scored, choice_logprob, replayed_scores
 from ..rollouts.forward import LogitSource, window_logits
-from ..rollouts.trajectory import SAMPLED
+from .sharding import whole
 from .views import Views
 
 IMPOSSIBLE = -100.0  # nats; stands for log 0 of a recorded choice that the policy can no longer make
@@ -66,13 +66,12 @@ def _choices(views: Views, logits_WV: Tensor, window_NL: Tensor) -> Tensor:
     assert sampler is not None
     banned = trajectory.banned_token_ids
     # All tokens of the step set the bar, also those behind an EOS, which are no actions.
-    sampled_NL = trajectory.source_BL[views.row_N] == SAMPLED
-    chosen_NL = sampled_NL & (trajectory.born_BL[views.row_N] == views.step_N[:, None])
+    token_NL, rank_NL = trajectory.drawn_at(views.row_N, views.step_N)
+    chosen_NL, rank_NL = token_NL != trajectory.mask_token_id, rank_NL.long()
     state = views.state()
     # The drawn tokens stand where they were drawn; elsewhere the score is not read.
-    state.canvas_AL = torch.where(chosen_NL, trajectory.tokens_BL[views.row_N], state.canvas_AL)
+    state.canvas_AL = torch.where(chosen_NL, token_NL, state.canvas_AL)
     state.window_AL = window_NL
-    rank_NL = trajectory.rank_BL[views.row_N].long()
     if not sampler.draws_first:
         score_NL = replayed_scores(sampler, logits_WV, state, banned)
         return choice_logprob(sampler, logits_WV, Scored(score_NL, chosen_NL, rank_NL, window_NL), state, banned)
@@ -95,7 +94,8 @@ def _choices(views: Views, logits_WV: Tensor, window_NL: Tensor) -> Tensor:
 @torch.no_grad()
 def replay_all(denoiser: LogitSource, views: Views, size: int) -> Scores:
     """Return the scores of all views without gradient, `size` views a forward."""
-    parts = [replay(denoiser, views.part(start, stop)) for start, stop in chunks(views, size)]
+    with whole(denoiser):
+        parts = [replay(denoiser, views.part(start, stop)) for start, stop in chunks(views, size)]
     return join(views, parts)
 
 

@@ -27,24 +27,27 @@ from ..rollouts.noise import generator
 from ..rollouts.sampler import Sampler, build_sampler
 from ..rollouts.worker import RolloutBatch, RolloutWorker
 from . import advantages
-from .checkpoints import (
-    CheckpointReadError,
-    PlanKeeper,
-    checkpoint_to_resume,
-    complete_checkpoints,
-    discard_incomplete,
-    file_errors,
-)
+from .checkpoints import PlanKeeper, file_errors, starting_point
 from .config import UnmaskConfig
 from .distributed import gather_objects, rank, reduce_gradients, world_size
 from .evaluate import evaluate, heldout_rows
 from .finite import require_finite_gradient
+from .mismatch import mismatch_by_step
 from .objective import Objective, build_objective
 from .optimizers import build_optimizer
 from .plan import Plan
 from .progress import Progress
 from .records import Records, batch_metrics, merge_metrics, write_rollouts
 from .settings import quiet_peft
+from .sharding import (
+    gathered,
+    leave_out_moments,
+    require_shardable,
+    save_for_resuming,
+    save_trained,
+    shard_for_training,
+    whole,
+)
 
 CJ_GRPO = {
     "estimator": "trace",
@@ -94,7 +97,9 @@ class UnmaskTrainer(Trainer):
         _check_group(args.num_generations, advantage)
         sampler = sampler or default_sampler(args)
         self.sampler = replace(sampler, temperature=args.temperature)
-        self.objective: Objective = objective or default_objective(args)
+        if self.sampler.refusal is not None:
+            raise RecipeError(f"sampler: {self.sampler.refusal}; there is no log-probability to train on.")
+        self.objective: Objective = objective or default_objective(args, self.sampler)
         self.advantage, self.optim = advantage, optim or {}
         self.worker = RolloutWorker(
             denoiser=denoiser,
@@ -114,7 +119,7 @@ class UnmaskTrainer(Trainer):
         # The plan in flight; the checkpoint that `train` resumes from; whether it has been read.
         self.plan: Plan | None = None
         self.checkpoint: Path | None = None
-        self.begun, self._metrics = False, dict[str, float]()
+        self.begun, self._metrics = False, dict[str, Any]()
         super().__init__(
             model=denoiser.model,
             args=args,
@@ -127,11 +132,9 @@ class UnmaskTrainer(Trainer):
 
     def _finish_setup(self, args: UnmaskConfig) -> None:
         """Do what needs the process group and the device, which Trainer's constructor has set up."""
-        if args.num_prompts % world_size():
-            raise RecipeError(
-                f"num_prompts: {args.num_prompts} prompts cannot be shared evenly by {world_size()} processes (a group "
-                f"stays on one); use a multiple of {world_size()}."
-            )
+        _check_shares(args)
+        if args.sharding == "fsdp":
+            require_shardable(self.denoiser, self.optim.get("name", "adamw"))
         self.reference: Any = build_reference(self.denoiser, args.reference, beta=self.objective.beta)
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
@@ -148,19 +151,7 @@ class UnmaskTrainer(Trainer):
         write among the checkpoints of an earlier one; CheckpointWriteError when the disk is full; NonFiniteError.
         """
         folder, self.begun = self.folder, False
-        if resume_from_checkpoint:
-            self.checkpoint = checkpoint_to_resume(
-                folder if resume_from_checkpoint is True else Path(resume_from_checkpoint)
-            )
-            if rank() == 0:
-                discard_incomplete(folder)
-        else:
-            self.checkpoint = None
-            if found := complete_checkpoints(folder):
-                raise CheckpointReadError(
-                    f"{folder}: holds {found[-1].name} of an earlier run; call train(resume_from_checkpoint=True), or "
-                    "set another output_dir."
-                )
+        self.checkpoint = starting_point(folder, resume_from_checkpoint, sharded=self.denoiser.root is not None)
         try:
             with file_errors(folder, lambda: None if self.begun else self.checkpoint):
                 return super().train(str(self.checkpoint) if self.checkpoint else None, trial, ignore_keys_for_eval)
@@ -169,7 +160,11 @@ class UnmaskTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as peft does, or all weights in the vendor's layout, which `load_denoiser` reads."""
-        if _internal_call or isinstance(self.denoiser.model, PeftModel):
+        if (state := gathered(self.denoiser)) is not None:
+            if self.args.should_save:
+                save = save_for_resuming if _internal_call else save_trained
+                save(self.denoiser, Path(output_dir or self.folder), state)
+        elif _internal_call or isinstance(self.denoiser.model, PeftModel):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self.denoiser.save(output_dir or self.folder)
@@ -185,9 +180,14 @@ class UnmaskTrainer(Trainer):
         """Build the optimizer over the trainable parameters once."""
         if self.optimizer is None:
             args = self.args
+            if args.sharding == "fsdp":
+                # From here on: what went before, reading a checkpoint included, saw plain tensors.
+                shard_for_training(self.accelerator, self.denoiser, self.reference)
             defaults: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
             defaults["betas"] = (args.adam_beta1, args.adam_beta2)
             self.optimizer = build_optimizer(self.denoiser.model.named_parameters(), **(defaults | self.optim))
+            if self.denoiser.root is not None:
+                leave_out_moments(self.optimizer)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -215,13 +215,14 @@ class UnmaskTrainer(Trainer):
         first = rank() * prompts
         rows = [self.rows.row(number * self.args.num_prompts + first + offset) for offset in range(prompts)]
         self.denoiser.model.eval()
-        return self.worker.collect(rows, step=number, first_id=first)
+        with whole(self.denoiser):
+            return self.worker.collect(rows, step=number, first_id=first)
 
     def _make_plan(self, batch: RolloutBatch, step: int) -> Plan:
         """Return the plan of a batch; every inner step reuses it."""
         assert batch.advantage_B is not None
         device = self.denoiser.device
-        return self.objective.plan(
+        plan = self.objective.plan(
             self.denoiser,
             self.reference,
             batch.trajectory.to(device),
@@ -229,6 +230,9 @@ class UnmaskTrainer(Trainer):
             rng=generator(self.args.seed, "estimator", step),
             sampler=self.sampler,
         )
+        if self.sampler.mismatch is not None and self.objective.old == "recompute":
+            self._metrics |= mismatch_by_step(plan)
+        return plan
 
     def _report(self, batch: RolloutBatch, step: int) -> None:
         """Add a batch's means over all ranks to the step's metrics, and store its rollouts when due."""
@@ -244,7 +248,8 @@ class UnmaskTrainer(Trainer):
         rows = self.eval_rows
         if eval_dataset is not None:
             rows = heldout_rows(_as_rows(eval_dataset, self.args.seed, "eval_dataset"), self.args.eval_problems)
-        result = evaluate(self.eval_worker, rows or [])
+        with whole(self.denoiser):
+            result = evaluate(self.eval_worker, rows or [])
         values = {name: value for name, value in result.as_dict().items() if isinstance(value, int | float)}
         clocks = ("wall_s", "tokens_per_s")
         prefix = metric_key_prefix
@@ -261,7 +266,8 @@ class UnmaskTrainer(Trainer):
             self._metrics = {}
         if rank() == 0 and not any(key.startswith("train_") for key in logs):
             self.records.write(self.state.global_step, {k: v for k, v in logs.items() if k != "epoch"})
-        super().log(logs, start_time)
+        # Trackers take numbers alone.
+        super().log({k: v for k, v in logs.items() if not isinstance(v, list)}, start_time)
 
 
 def prepare(model: Denoiser | str | Path, peft_config: Any, seed: int) -> Denoiser:
@@ -277,6 +283,15 @@ def prepare(model: Denoiser | str | Path, peft_config: Any, seed: int) -> Denois
         return attach_adapter(denoiser, peft_config, seed=seed)
 
 
+def _check_shares(args: UnmaskConfig) -> None:
+    """Raise RecipeError when the processes would not have equally many prompts."""
+    if args.num_prompts % world_size():
+        raise RecipeError(
+            f"num_prompts: {args.num_prompts} prompts cannot be shared evenly by {world_size()} processes (a group "
+            f"stays on one); use a multiple of {world_size()}."
+        )
+
+
 def default_sampler(args: UnmaskConfig) -> Sampler:
     """Return the sampler used when none is given: blocks of (at most) 32, two tokens a step, by confidence."""
     size = math.gcd(args.max_completion_length, 32)
@@ -284,10 +299,11 @@ def default_sampler(args: UnmaskConfig) -> Sampler:
     return build_sampler(section, temperature=args.temperature)
 
 
-def default_objective(args: UnmaskConfig) -> Objective:
-    """Return CJ-GRPO with the arguments' clip range, beta and chunk."""
+def default_objective(args: UnmaskConfig, sampler: Sampler) -> Objective:
+    """Return CJ-GRPO with the arguments' clip range, beta and chunk, corrected where the sampler's draws need it."""
     clip = {"name": "ppo_clip", "low": args.epsilon, "high": args.epsilon_high or args.epsilon}
-    return build_objective({**CJ_GRPO, "surrogate": clip, "beta": args.beta, "chunk": args.chunk_size})
+    corrected = {"old": "recompute", "correction": "truncated"} if sampler.mismatch else {}
+    return build_objective({**CJ_GRPO, "surrogate": clip, "beta": args.beta, "chunk": args.chunk_size, **corrected})
 
 
 def _rewards(functions: Any, weights: list[float] | None) -> list[Reward]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .columns import Cached
 from .state import State
 
 
@@ -46,17 +47,17 @@ def window_logits(
     Positions outside `exists_BL` are seen by no other and counted by none.
     """
     positions_BT = torch.cat([torch.zeros_like(prompt_mask_BQ), positions_BL], dim=1)
-    ids_BT, options = _inputs(prompt_BQ, prompt_mask_BQ, canvas_BL, exists_BL)
+    ids_BT, options = _inputs(prompt_BQ, prompt_mask_BQ, canvas_BL, exists_BL, not bool(prompt_mask_BQ.all()))
     return denoiser.logits(ids_BT, positions_BT=positions_BT, **options)
 
 
 def _inputs(
-    prompt_BQ: Tensor, prompt_mask_BQ: Tensor, canvas_BL: Tensor, exists_BL: Tensor | None
+    prompt_BQ: Tensor, prompt_mask_BQ: Tensor, canvas_BL: Tensor, exists_BL: Tensor | None, padded: bool
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """Return ids and what says which of them are real; without padding no mask, so that SDPA may use flash."""
     ids_BT = torch.cat([prompt_BQ, canvas_BL], dim=1)
     if exists_BL is None:
-        if bool(prompt_mask_BQ.all()):
+        if not padded:
             return ids_BT, {"padding_mask_BT": None}
         return ids_BT, {"padding_mask_BT": torch.cat([prompt_mask_BQ, torch.ones_like(canvas_BL).bool()], dim=1)}
     mask_BT = torch.cat([prompt_mask_BQ, exists_BL], dim=1)
@@ -71,7 +72,7 @@ class Forward:
 
     `guidance` g > 0 adds a second call with the prompt masked: l = l_without + (1 + g)(l_with - l_without)
     (unsupervised classifier-free guidance, Nie et al. 2024, SMDM). `shared_B` points each row at the row whose first
-    call serves it; None where prompts or canvases of a group differ.
+    call serves it; None where prompts or canvases of a group differ. `cached` keeps keys and values between calls.
     """
 
     denoiser: LogitSource
@@ -80,18 +81,35 @@ class Forward:
     resizes: bool = False
     guidance: float = 0.0
     shared_B: Tensor | None = None
+    cached: Cached | None = None
     calls: int = 0
 
-    def __call__(self, state: State, alive_A: Tensor, flat_K: Tensor) -> Rows:
-        """Return the logits of the canvas positions `flat_K` (row x L + position) of the live rows."""
+    def __post_init__(self) -> None:
+        # Asked once: a look at a device's tensor in every step would make the host wait.
+        self.padded = not bool(self.prompt_mask_BQ.all())
+
+    def __call__(self, state: State, alive_A: Tensor, asked_AL: Tensor, flat_K: Tensor) -> Rows:
+        """Return the logits of the canvas positions `flat_K` (row x L + position) of the live rows.
+
+        They point at the positions `asked_AL`, but for those that only fill a static shape.
+        """
         exists_AL = state.exists_AL if self.resizes else None
         first = self.shared_B if self.calls == 0 else None
         self.calls += 1
-        rows = self._rows(self.prompt_BQ[alive_A], alive_A, state.canvas_AL, exists_AL, flat_K, first)
+        prompts = [self.prompt_BQ[alive_A]]
+        if self.guidance > 0:
+            prompts.append(torch.full_like(prompts[0], state.mask_token_id))
+        if self.cached is not None:
+            mask_AQ, lead_A = self.prompt_mask_BQ[alive_A], None
+            if first is not None:
+                lead_A = torch.searchsorted(alive_A, first[alive_A])
+            found = self.cached(state, prompts, mask_AQ, asked_AL, flat_K, lead_A)
+            predicted = [self._headed(features_KD) for features_KD in found]
+        else:
+            predicted = [self._rows(p, alive_A, state.canvas_AL, exists_AL, flat_K, first) for p in prompts]
         if self.guidance == 0:
-            return rows
-        prompt_AQ = torch.full_like(self.prompt_BQ, state.mask_token_id)[alive_A]
-        free = self._rows(prompt_AQ, alive_A, state.canvas_AL, exists_AL, flat_K, first)
+            return predicted[0]
+        rows, free = predicted
         scale = 1 + self.guidance
 
         def guided(start: int, stop: int) -> Tensor:
@@ -102,6 +120,12 @@ class Forward:
 
     def select(self, kept_A: Tensor) -> None:
         """Keep what is known of the live rows `kept_A` alone."""
+        if self.cached is not None:
+            self.cached.select(kept_A)
+
+    def _headed(self, features_KD: Tensor) -> Rows:
+        denoiser: Any = self.denoiser
+        return Rows(lambda start, stop: denoiser.head(features_KD[start:stop]), denoiser.family.vocab_size)
 
     def _rows(
         self,
@@ -117,22 +141,22 @@ class Forward:
         if not hasattr(denoiser, "hidden"):
             positions_AL = torch.zeros_like(canvas_AL, dtype=torch.bool).view(-1).index_fill(0, flat_K, True)
             asked_AL = positions_AL.view(canvas_AL.shape)
-            # Rows may be overwritten by the statistics pass: they must be nobody else's.
-            logits_KV = window_logits(denoiser, prompt_AQ, mask_AQ, canvas_AL, asked_AL, exists_AL).clone()
+            logits_KV = window_logits(denoiser, prompt_AQ, mask_AQ, canvas_AL, asked_AL, exists_AL)
             logits_KV = logits_KV if logits_KV.dtype == torch.float64 else logits_KV.float()
-            return Rows(lambda start, stop: logits_KV[start:stop], logits_KV.shape[1])
+            # Padding of static shapes repeats a position. The indexing copies: transforms and statistics overwrite.
+            index_K = (asked_AL.view(-1).cumsum(0) - 1)[flat_K]
+            return Rows(lambda start, stop: logits_KV[index_K[start:stop]], logits_KV.shape[1])
         if first_B is not None:
             lead_A, index_A = torch.unique(first_B[alive_A], return_inverse=True)
             chosen = torch.searchsorted(alive_A, lead_A)
-            ids, options = _inputs(prompt_AQ[chosen], mask_AQ[chosen], canvas_AL[chosen], None)
+            ids, options = _inputs(prompt_AQ[chosen], mask_AQ[chosen], canvas_AL[chosen], None, self.padded)
             hidden = denoiser.hidden(ids, **options)[:, -length:]
             row_K, place_K = index_A[flat_K // length], flat_K % length
             features_KD = hidden[row_K, place_K]
         else:
-            ids, options = _inputs(prompt_AQ, mask_AQ, canvas_AL, exists_AL)
+            ids, options = _inputs(prompt_AQ, mask_AQ, canvas_AL, exists_AL, self.padded)
             features_KD = denoiser.hidden(ids, **options)[:, -length:].flatten(0, 1)[flat_K]
-        vocabulary = denoiser.family.vocab_size
-        return Rows(lambda start, stop: denoiser.head(features_KD[start:stop]), vocabulary)
+        return self._headed(features_KD)
 
 
 def shared_rows(prompt_BQ: Tensor, canvas_BL: Tensor, group_B: Tensor | None) -> Tensor | None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..policies.tokenizers import prompt_ids
 from ..recipes.registry import RecipeError
+from .caches import check_cache
 from .engine import denoise
 from .forward import LogitSource
 from .sampler import Sampler
@@ -53,8 +54,9 @@ class RolloutBatch:
 class RolloutWorker:
     """Denoises `group` completions a prompt on a canvas of `canvas` tokens and scores them.
 
-    `micro_batch` rollouts share a forward; it changes speed and memory, never a rollout. `prompt_limit` is the longest
-    prompt in tokens, checked before anything is sampled.
+    `micro_batch` rollouts share a forward, and those of a group their first; it changes speed and memory, never a
+    rollout. `prompt_limit` is the longest prompt in tokens, checked before anything is sampled. Raises RecipeError for
+    a cache that the denoiser cannot keep.
     """
 
     denoiser: LogitSource
@@ -66,6 +68,9 @@ class RolloutWorker:
     prompt_limit: int
     seed: int
     micro_batch: int = 64
+
+    def __post_init__(self) -> None:
+        check_cache(self.sampler.cache, self.denoiser)
 
     def collect(self, rows: Sequence[Row], *, step: int, first_id: int = 0) -> RolloutBatch:
         """Return `len(rows) * group` scored rollouts; rollout ids count from `first_id * group`.
@@ -117,6 +122,7 @@ class RolloutWorker:
                 rollout_id_B[start : start + self.micro_batch].to(device),
                 seed=self.seed,
                 step=step,
+                group_B=owner_B[start : start + self.micro_batch].to(device),
             )
             parts.append(part.to("cpu"))
         return Trajectory.cat(parts)

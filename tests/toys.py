@@ -23,18 +23,19 @@ MASK, EOS = V, V - 1
 class Tables(nn.Module):
     """Logits of every canvas, and an offset by the prompt's sum; both are parameters."""
 
-    def __init__(self, seed: int, scale: float) -> None:
+    def __init__(self, seed: int, scale: float, length: int) -> None:
         super().__init__()
         rng = torch.Generator().manual_seed(seed)
-        self.canvas = nn.Parameter(scale * torch.randn((V + 1) ** L, L, V + 1, generator=rng, dtype=torch.float64))
+        shape = ((V + 1) ** length, length, V + 1)
+        self.canvas = nn.Parameter(scale * torch.randn(*shape, generator=rng, dtype=torch.float64))
         self.prompt = nn.Parameter(scale * torch.randn(5, V + 1, generator=rng, dtype=torch.float64))
 
 
 class Toy:
     """A tabular denoiser in float64 with the interface of `Denoiser`."""
 
-    def __init__(self, seed: int = 0, scale: float = 1.0) -> None:
-        self.model = Tables(seed, scale)
+    def __init__(self, seed: int = 0, scale: float = 1.0, length: int = L) -> None:
+        self.model, self.length = Tables(seed, scale, length), length
         self.family = Family("toy", vocab_size=V + 1, mask_token_id=MASK, eos_token_ids=(EOS,))
         self.calls: list[int] = []
 
@@ -42,14 +43,15 @@ class Toy:
         self, input_ids_BT: Tensor, *, padding_mask_BT: Tensor | None = None, positions_BT: Tensor | None = None
     ) -> Tensor:
         self.calls.append(len(input_ids_BT))
-        prompt_BQ = input_ids_BT[:, :-L]
+        length = self.length
+        prompt_BQ = input_ids_BT[:, :-length]
         if padding_mask_BT is not None:
-            prompt_BQ = prompt_BQ * padding_mask_BT[:, :-L]
-        state_B = (input_ids_BT[:, -L:] * torch.tensor([(V + 1) ** i for i in range(L)])).sum(1)
+            prompt_BQ = prompt_BQ * padding_mask_BT[:, :-length]
+        state_B = (input_ids_BT[:, -length:] * torch.tensor([(V + 1) ** i for i in range(length)])).sum(1)
         logits_BLV = self.model.canvas[state_B] + self.model.prompt[prompt_BQ.sum(1) % 5][:, None]
         if positions_BT is None:
-            return torch.nn.functional.pad(logits_BLV, (0, 0, input_ids_BT.shape[1] - L, 0))
-        return logits_BLV[positions_BT[:, -L:]]
+            return torch.nn.functional.pad(logits_BLV, (0, 0, input_ids_BT.shape[1] - length, 0))
+        return logits_BLV[positions_BT[:, -length:]]
 
     def gradient(self) -> Tensor:
         """Return the gradient of all parameters as one vector, and forget it."""
