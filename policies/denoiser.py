@@ -161,6 +161,9 @@ class Denoiser:
         save_denoiser(self, directory, layout=layout)
 
     def _trunk(self, input_ids_BT: Tensor, mask: Tensor | None, position_BT: Tensor | None, **cached: Any) -> Tensor:
+        if not len(input_ids_BT):
+            # Ranks that share weights take part in every forward, and models want a row.
+            return self._trunk(input_ids_BT.new_zeros(1, input_ids_BT.shape[1]), None, None)[:0]
         options = {"use_cache": False, **cached} if self.family.name != "modernbert" else {}
         trunk = self.base.base_model
         return trunk(input_ids=input_ids_BT, attention_mask=mask, position_ids=position_BT, **options).last_hidden_state
