@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Denoiser:
     family: Family
     tokenizer: PreTrainedTokenizerBase
     vendor_config: dict[str, Any] = field(default_factory=dict)
+    root: Any = None  # FSDP's root module, which calls a function in its forward, where the weights are whole
 
     @property
     def base(self) -> Any:
@@ -113,14 +115,18 @@ class Denoiser:
         position 0 mean nothing where logits are shifted (nothing precedes it). Raises CheckpointError for a cache or a
         commit that the family cannot have.
         """
-        hidden = self.hidden(
-            input_ids_BT,
-            padding_mask_BT=padding_mask_BT,
-            position_ids_BT=position_ids_BT,
-            cache=cache,
-            commit=commit,
-        )
-        return self.head(hidden if positions_BT is None else hidden[positions_BT])
+
+        def scored() -> Tensor:
+            hidden = self.hidden(
+                input_ids_BT,
+                padding_mask_BT=padding_mask_BT,
+                position_ids_BT=position_ids_BT,
+                cache=cache,
+                commit=commit,
+            )
+            return self.head(hidden if positions_BT is None else hidden[positions_BT])
+
+        return self._inside(scored)
 
     def train_logits(
         self,
@@ -136,23 +142,37 @@ class Denoiser:
         """
         if self.family.attention == "full":
             return self.logits(noisy_BT, padding_mask_BT=padding_mask_BT, positions_BT=positions_BT)
+
+        def scored() -> Tensor:
+            noisy = self._doubled(noisy_BT, clean_BT, padding_mask_BT)
+            return self.head(noisy if positions_BT is None else noisy[positions_BT])
+
+        return self._inside(scored)
+
+    def _inside(self, forward: Callable[[], Tensor]) -> Tensor:
+        """Return `forward()`, run inside the root's forward where weights are sharded and it does not run already."""
+        return forward() if self.root is None or self.root.running else self.root(forward)
+
+    def _doubled(self, noisy_BT: Tensor, clean_BT: Tensor, padding_mask_BT: Tensor | None) -> Tensor:
+        """Return the aligned hidden states of x_t in [x_t ; x_0]."""
         position_BT = positions(noisy_BT.shape, padding_mask_BT, None, noisy_BT.device)
         block_BT = self._blocks(position_BT, padding_mask_BT, 0)
         both = self._trunk(
             torch.cat([noisy_BT, clean_BT], dim=1), self._attention(doubled_mask(block_BT)), position_BT.repeat(1, 2)
         )
         noisy, clean = both.chunk(2, dim=1)
-        if self.family.logit_shift:
-            # A block's first token is predicted by the last token of the clean block before it.
-            first_BT = block_BT != block_BT.roll(1, dims=1)
-            noisy = torch.where(first_BT[..., None], clean.roll(1, dims=1), noisy.roll(1, dims=1))
-        return self.head(noisy if positions_BT is None else noisy[positions_BT])
+        if not self.family.logit_shift:
+            return noisy
+        # A block's first token is predicted by the last token of the clean block before it.
+        first_BT = block_BT != block_BT.roll(1, dims=1)
+        return torch.where(first_BT[..., None], clean.roll(1, dims=1), noisy.roll(1, dims=1))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits of aligned hidden states `[..., D]`."""
         # ModernBERT has a dense layer and a norm before its output matrix.
         before = getattr(self.base, "head", None)
-        return self.base.get_output_embeddings()(hidden if before is None else before(hidden)).float()
+        matrix = self.base.get_output_embeddings()
+        return self._inside(lambda: matrix(hidden if before is None else before(hidden)).float())
 
     def save(self, directory: str | Path, *, layout: str = "vendor") -> None:
         """Write config, weights and tokenizer in the vendor's or the stock class's layout (adapters merged before)."""
@@ -164,9 +184,9 @@ class Denoiser:
         if not len(input_ids_BT):
             # Ranks that share weights take part in every forward, and models want a row.
             return self._trunk(input_ids_BT.new_zeros(1, input_ids_BT.shape[1]), None, None)[:0]
-        options = {"use_cache": False, **cached} if self.family.name != "modernbert" else {}
-        trunk = self.base.base_model
-        return trunk(input_ids=input_ids_BT, attention_mask=mask, position_ids=position_BT, **options).last_hidden_state
+        # Whether keys are kept is the config's use_cache, which loading switches off; encoders know no such argument.
+        trunk, inputs = self.base.base_model, {"input_ids": input_ids_BT, "attention_mask": mask, **cached}
+        return self._inside(lambda: trunk(position_ids=position_BT, **inputs).last_hidden_state)
 
     def _blocks(self, position_BT: Tensor, padding_mask_BT: Tensor | None, stored: int) -> Tensor:
         """Return each token's block: of its own position, or of its column where rows are padded to whole blocks."""

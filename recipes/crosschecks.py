@@ -19,6 +19,7 @@ def check_recipe(recipe: Recipe | SftRecipe) -> None:
         _check_sft(recipe)
         return
     _check_model(recipe.model)
+    _check_sharding(recipe)
     _check_task(recipe.task, "task")
     _check_rollout(recipe)
     _check_objective(recipe)
@@ -32,6 +33,11 @@ def check_world(recipe: Recipe | SftRecipe, ranks: int) -> None:
     """Raise RecipeError when a batch cannot be shared evenly by `ranks` processes; called at launch."""
     if ranks < 1:
         raise RecipeError(f"nproc: {ranks} is no number of processes; use 1 or more.")
+    if isinstance(recipe, Recipe) and recipe.model.sharding == "fsdp" and ranks == 1:
+        raise RecipeError(
+            "model.sharding: fsdp shares the weights among processes and there is one; start several (--nproc 8), or "
+            "set model.sharding to none."
+        )
     where, rows, what = (
         ("sft.batch", recipe.sft.batch, "rows")
         if isinstance(recipe, SftRecipe)
@@ -107,6 +113,23 @@ def _check_model(model: Any) -> None:
         raise RecipeError(
             f"model.attention: flash_attention_2 needs CUDA and bfloat16, not {model.device} and {model.dtype}; "
             "use sdpa or set model.dtype to bfloat16."
+        )
+
+
+def _check_sharding(recipe: Recipe) -> None:
+    model = recipe.model
+    if model.sharding == "none":
+        return
+    if model.quantization is not None:
+        raise RecipeError(
+            f"model.sharding: fsdp cannot share out {model.quantization} weights; set model.quantization to null, or "
+            "model.sharding to none (each process then holds the whole base)."
+        )
+    if model.device == "mps" or ":" in model.device:
+        raise RecipeError(f"model.sharding: fsdp takes a device a process, not {model.device}; use cuda, cpu or auto.")
+    if recipe.optim.optimizer == "muon":
+        raise RecipeError(
+            "model.sharding: fsdp keeps rows of a matrix on each process, muon needs whole ones; use optimizer adamw."
         )
 
 

@@ -80,6 +80,9 @@ class ModelSection(Section):
     block_length: Count | None = Field(None, description="block of a block-causal family; null: config.json's")
     context: Count | None = Field(None, description="longest sequence, for which RoPE is rescaled (NTK); null: as is")
     quantization: Literal["4bit"] | None = Field(None, description="4bit: NF4 base under a LoRA adapter (bitsandbytes)")
+    sharding: Literal["none", "fsdp"] = Field(
+        "none", description="fsdp: weights, gradients and optimizer shared out among the processes (FSDP2, --nproc)"
+    )
     lora: LoraSection | None = Field(None, description="adapter; null trains all weights")
 
 
@@ -101,13 +104,13 @@ class SamplerSection(Section):
     schedule: Annotated[Part, InSlot("schedule")] = Field(description="which positions are open and how many to decide")
     score: Annotated[Part, InSlot("score")] = Field({"name": "confidence"}, description="how open positions are ranked")
     selection: Annotated[Part, InSlot("selection")] = Field({"name": "top"}, description="which of them are decided")
-    remasking: Annotated[Part | None, InSlot("remasking")] = Field(None, description="which decided tokens reopen")
-    editing: Annotated[Part | None, InSlot("editing")] = Field(None, description="which decided tokens are replaced")
-    length: Annotated[Part | None, InSlot("length")] = Field(None, description="how the canvas changes its length")
-    transforms: Annotated[list[Part], InSlot("transform")] = Field(
+    remasking: Annotated[Part, InSlot("remasking")] | None = Field(None, description="which decided tokens reopen")
+    editing: Annotated[Part, InSlot("editing")] | None = Field(None, description="which decided tokens are replaced")
+    length: Annotated[Part, InSlot("length")] | None = Field(None, description="how the canvas changes its length")
+    transforms: list[Annotated[Part, InSlot("transform")]] = Field(
         default_factory=list, description="what is done to logits first, in this order"
     )
-    cache: Annotated[Part | None, InSlot("cache")] = Field(
+    cache: Annotated[Part, InSlot("cache")] | None = Field(
         None, description="which keys and values are kept between steps; null: none, every step computes all"
     )
     score_temperature: float = Field(1.0, gt=0, description="temperature of the distribution that scores see")

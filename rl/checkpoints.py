@@ -22,6 +22,7 @@ from ..rollouts.trajectory import Trajectory
 from .distributed import barrier, rank, world_size
 from .plan import Plan
 from .runfolder import write_json
+from .sharding import load_sharded, save_moments
 
 if TYPE_CHECKING:
     from .trainer import UnmaskTrainer
@@ -77,6 +78,27 @@ def checkpoint_to_resume(path: Path) -> Path:
         state = "holds no complete checkpoint" if folder.is_dir() else "is no folder"
         raise CheckpointReadError(f"checkpoint: '{folder}' {state}; set run.save_every, or start the run anew.")
     return path if own else found[-1]
+
+
+def starting_point(folder: Path, resume: str | bool | None, *, sharded: bool = False) -> Path | None:
+    """Return the checkpoint that a run in `folder` goes on from, None for a new run; leftovers of a resumed one go.
+
+    `resume` is True (the newest) or a folder. Raises CheckpointReadError as `checkpoint_to_resume` does, when a new run
+    would write among the checkpoints of an earlier one, and when the model that would read it is `sharded` already.
+    """
+    if not resume:
+        if found := complete_checkpoints(folder):
+            raise CheckpointReadError(
+                f"{folder}: holds {found[-1].name} of an earlier run; call train(resume_from_checkpoint=True), or set "
+                "another output_dir."
+            )
+        return None
+    if sharded:
+        raise CheckpointReadError(f"{folder}: this process has sharded its model already; resume in a new one.")
+    checkpoint = checkpoint_to_resume(folder if resume is True else Path(resume))
+    if rank() == 0:
+        discard_incomplete(folder)
+    return checkpoint
 
 
 def plan_path(folder: Path, rank: int) -> Path:
@@ -180,6 +202,8 @@ class PlanKeeper(TrainerCallback):
         """Finish the checkpoint that Trainer has just written."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         save_plan(plan_path(folder, rank()), self.trainer.plan)
+        if self.trainer.denoiser.root is not None:
+            save_moments(folder, self.trainer.denoiser.model, kwargs["optimizer"])
         barrier()
         if rank() == 0:
             records = self.trainer.records.lengths()
@@ -190,6 +214,8 @@ class PlanKeeper(TrainerCallback):
         checkpoint, self.trainer.plan = self.trainer.checkpoint, None
         if checkpoint is not None:
             mark = {"ranks": 1, "records": {}} | json.loads((checkpoint / MARKER).read_text())
+            if self.trainer.denoiser.root is not None:
+                load_sharded(checkpoint, self.trainer.denoiser, kwargs["optimizer"])
             if state.global_step % args.num_iterations:
                 self.trainer.plan = self._plan_in_flight(checkpoint, mark["ranks"])
             if rank() == 0 and checkpoint.parent.resolve() == Path(args.output_dir).resolve():

@@ -21,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(help="Measure parts side by side: rollout.", rich_markup_mode=None)
+app.add_typer(bench, name="bench")
 # typer brings its own copy of click in newer versions; its public exception leads to the base class in either.
 USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
@@ -155,6 +157,9 @@ def sample(
 def check(
     arguments: RecipeArguments,
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the recipe with every default as YAML.")] = False,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="Processes [default: 1, or up to 8 for a sharded model].")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Check a recipe without reading weights.
@@ -167,7 +172,7 @@ def check(
     from .cli_summary import print_summary, summary
 
     recipe = load_recipe(target, overrides)
-    facts = summary(recipe, target)
+    facts = summary(recipe, target, nproc)
     if resolved:
         typer.echo(dump_recipe(recipe), nl=False)
     else:
@@ -192,6 +197,39 @@ def methods(name: Annotated[str | None, typer.Argument(show_default=False)] = No
     from .cli_summary import print_methods
 
     print_methods(name)
+
+
+@bench.command()
+def rollout(
+    arguments: TargetArguments,
+    sampler: Annotated[
+        list[str] | None, typer.Option("--sampler", help="NAME or NAME:key=value,...; `recipe` is the recipe's own.")
+    ] = None,
+    reference: Annotated[str, typer.Option(help="The sampler whose completions the others are compared with.")] = (
+        "llada_low_confidence"
+    ),
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 256,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw exact rate against NFE.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Decode the same problems with several samplers (default: all shipped ones) at temperature 0.
+
+    Prints exact rate, NFE, tokens a second, the share of the time outside the denoiser, and agreement.
+    """
+    target, overrides = _one_target(arguments, "run, model or recipe")
+    for path in (json_file, plot):
+        _check_output(path)
+    from . import bench_rollout as bench_module
+
+    names = sampler or bench_module.every_sampler(target, overrides)
+    typer.echo(bench_module.HEADER)
+    found = bench_module.bench_rollout(
+        target, names, reference=reference, problems=problems, overrides=overrides, progress=typer.echo
+    )
+    if plot is not None:
+        bench_module.plot(found, plot)
+        typer.echo(f"wrote {plot}")
+    _write_json(json_file, found)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from ..recipes.crosschecks import check_data, notes, step_limit
+from ..recipes.crosschecks import check_data, check_world, notes, step_limit
 from ..recipes.loading import import_parts, load_methods, load_samplers
 from ..recipes.reading import SCHEMA_FILE, shipped_recipes
 from ..recipes.registry import SLOTS, RecipeError, nearest
 from ..recipes.schema import Recipe, SamplerSection, SftRecipe
 
+MACHINE = 8  # devices that `check` assumes for a sharded recipe
 SAMPLER_SLOTS = ("schedule", "score", "selection", "remasking", "editing", "transform", "length", "cache")
 
 
@@ -32,9 +34,16 @@ def words(choice: dict[str, Any]) -> str:
     return f"{choice['name']}({', '.join(knobs)})" if knobs else str(choice["name"])
 
 
-def summary(recipe: Recipe | SftRecipe, target: str) -> dict[str, Any]:
-    """Return what a recipe will do, key by key, with the state of its data and the next command."""
-    facts = _sft_facts(recipe) if isinstance(recipe, SftRecipe) else _rl_facts(recipe)
+def summary(recipe: Recipe | SftRecipe, target: str, nproc: int | None = None) -> dict[str, Any]:
+    """Return what a recipe will do, key by key, with the state of its data and the next command.
+
+    `nproc` processes share its work (None: one, or up to `MACHINE` where the recipe shares out its weights).
+    """
+    if nproc is None:
+        sharded = isinstance(recipe, Recipe) and recipe.model.sharding == "fsdp"
+        nproc = max(2, math.gcd(MACHINE, recipe.rollout.prompts)) if sharded else 1
+    check_world(recipe, nproc)
+    facts = _sft_facts(recipe) if isinstance(recipe, SftRecipe) else _rl_facts(recipe, nproc)
     facts["notes"] = notes(recipe)
     missing = _missing_file(recipe)
     if missing is None:
@@ -43,7 +52,8 @@ def summary(recipe: Recipe | SftRecipe, target: str) -> dict[str, Any]:
     else:
         facts["data"] = f"not checked: there is no file '{missing}' yet"
     command = "sft" if isinstance(recipe, SftRecipe) else "train"
-    facts["next"] = f"unmask {command} {target}" if missing is None else f"put the data at {missing}"
+    launch = f"unmask {command} {target}" + (f" --nproc {nproc}" if nproc > 1 else "")
+    facts["next"] = launch if missing is None else f"put the data at {missing}, then {launch}"
     return facts
 
 
@@ -54,7 +64,7 @@ def _missing_file(recipe: Recipe | SftRecipe) -> str | None:
     return next((path for path in paths if path is not None and not Path(path).expanduser().is_file()), None)
 
 
-def _rl_facts(recipe: Recipe) -> dict[str, Any]:
+def _rl_facts(recipe: Recipe, nproc: int) -> dict[str, Any]:
     _check_cache(recipe)
     rollout, objective, lora = recipe.rollout, recipe.objective, recipe.model.lora
     rollouts, nfe = rollout.prompts * rollout.group, step_limit(rollout.sampler, rollout.canvas)
@@ -70,7 +80,7 @@ def _rl_facts(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.name,
         "model": f"{recipe.model.path}, {recipe.model.dtype}, {trained}",
         "task": words(recipe.task),
-        "memory": _memory_words(recipe),
+        "memory": _memory_words(recipe, nproc),
         "rewards": ", ".join(f"{entry.weight:g} x {words(entry.model_dump())}" for entry in recipe.rewards),
         "method": recipe.method or "written out in objective",
         "objective": _objective_words(recipe),
@@ -98,22 +108,25 @@ def _check_cache(recipe: Recipe) -> None:
         check_family(SLOTS["cache"].build(choice), on_meta(recipe, vendor).family)
 
 
-def _memory_words(recipe: Recipe) -> str:
+def _memory_words(recipe: Recipe, nproc: int) -> str:
     """Return what a device will hold, by what holds it."""
     from .memory import estimate
 
-    found = estimate(recipe)
+    found = estimate(recipe, nproc)
     if found is None:
         return f"not estimated: '{recipe.model.path}' is no local folder and its sizes are not known"
     parts = {
         "weights": found.weights,
         "adapter": found.adapter,
         "gradients and optimizer": found.optimizer,
+        "layers gathered for an update": found.gathered,
         "a chunk's activations": found.activations,
+        "weights gathered for rollouts": found.whole,
         "a rollout step's tables": found.rollout,
     }
     words = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items() if size)
-    return f"about {_gigabytes(found.total)} a device ({words})"
+    devices = f"on each of {nproc} devices" if recipe.model.sharding == "fsdp" else "a device"
+    return f"about {_gigabytes(found.total)} {devices} ({words})"
 
 
 def _gigabytes(size: int) -> str:

@@ -20,6 +20,7 @@ from .distributed import total
 from .losses import LossFunction
 from .plan import Plan
 from .replay import Scores, chunks, join, replay, replay_all
+from .sharding import paced
 from .views import Views
 
 
@@ -126,7 +127,7 @@ class Objective:
         if self.loss.spans_views:
             coefficient_A = self.loss.coefficients(plan, replay_all(policy, plan.views, self.chunk).logprob_A)
         collected: list[Scores] = []
-        for start, stop in chunks(plan.views, self.chunk):
+        for start, stop in paced(policy, chunks(plan.views, self.chunk)):
             part = plan.part(start, stop)
             scores = replay(policy, part.views)
             if coefficient_A is None:

@@ -12,6 +12,7 @@ from ..rollouts.categorical import log_probs
 from ..rollouts.choices import Scored, choice_logprob, replayed_scores
 from ..rollouts.forward import LogitSource, window_logits
 from ..rollouts.trajectory import SAMPLED
+from .sharding import whole
 from .views import Views
 
 IMPOSSIBLE = -100.0  # nats; stands for log 0 of a recorded choice that the policy can no longer make
@@ -94,7 +95,8 @@ def _choices(views: Views, logits_WV: Tensor, window_NL: Tensor) -> Tensor:
 @torch.no_grad()
 def replay_all(denoiser: LogitSource, views: Views, size: int) -> Scores:
     """Return the scores of all views without gradient, `size` views a forward."""
-    parts = [replay(denoiser, views.part(start, stop)) for start, stop in chunks(views, size)]
+    with whole(denoiser):
+        parts = [replay(denoiser, views.part(start, stop)) for start, stop in chunks(views, size)]
     return join(views, parts)
 
 

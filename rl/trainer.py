@@ -27,14 +27,7 @@ from ..rollouts.noise import generator
 from ..rollouts.sampler import Sampler, build_sampler
 from ..rollouts.worker import RolloutBatch, RolloutWorker
 from . import advantages
-from .checkpoints import (
-    CheckpointReadError,
-    PlanKeeper,
-    checkpoint_to_resume,
-    complete_checkpoints,
-    discard_incomplete,
-    file_errors,
-)
+from .checkpoints import PlanKeeper, file_errors, starting_point
 from .config import UnmaskConfig
 from .distributed import gather_objects, rank, reduce_gradients, world_size
 from .evaluate import evaluate, heldout_rows
@@ -46,6 +39,15 @@ from .plan import Plan
 from .progress import Progress
 from .records import Records, batch_metrics, merge_metrics, write_rollouts
 from .settings import quiet_peft
+from .sharding import (
+    gathered,
+    leave_out_moments,
+    require_shardable,
+    save_for_resuming,
+    save_trained,
+    shard_for_training,
+    whole,
+)
 
 CJ_GRPO = {
     "estimator": "trace",
@@ -130,11 +132,9 @@ class UnmaskTrainer(Trainer):
 
     def _finish_setup(self, args: UnmaskConfig) -> None:
         """Do what needs the process group and the device, which Trainer's constructor has set up."""
-        if args.num_prompts % world_size():
-            raise RecipeError(
-                f"num_prompts: {args.num_prompts} prompts cannot be shared evenly by {world_size()} processes (a group "
-                f"stays on one); use a multiple of {world_size()}."
-            )
+        _check_shares(args)
+        if args.sharding == "fsdp":
+            require_shardable(self.denoiser, self.optim.get("name", "adamw"))
         self.reference: Any = build_reference(self.denoiser, args.reference, beta=self.objective.beta)
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
@@ -151,19 +151,7 @@ class UnmaskTrainer(Trainer):
         write among the checkpoints of an earlier one; CheckpointWriteError when the disk is full; NonFiniteError.
         """
         folder, self.begun = self.folder, False
-        if resume_from_checkpoint:
-            self.checkpoint = checkpoint_to_resume(
-                folder if resume_from_checkpoint is True else Path(resume_from_checkpoint)
-            )
-            if rank() == 0:
-                discard_incomplete(folder)
-        else:
-            self.checkpoint = None
-            if found := complete_checkpoints(folder):
-                raise CheckpointReadError(
-                    f"{folder}: holds {found[-1].name} of an earlier run; call train(resume_from_checkpoint=True), or "
-                    "set another output_dir."
-                )
+        self.checkpoint = starting_point(folder, resume_from_checkpoint, sharded=self.denoiser.root is not None)
         try:
             with file_errors(folder, lambda: None if self.begun else self.checkpoint):
                 return super().train(str(self.checkpoint) if self.checkpoint else None, trial, ignore_keys_for_eval)
@@ -172,7 +160,11 @@ class UnmaskTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as peft does, or all weights in the vendor's layout, which `load_denoiser` reads."""
-        if _internal_call or isinstance(self.denoiser.model, PeftModel):
+        if (state := gathered(self.denoiser)) is not None:
+            if self.args.should_save:
+                save = save_for_resuming if _internal_call else save_trained
+                save(self.denoiser, Path(output_dir or self.folder), state)
+        elif _internal_call or isinstance(self.denoiser.model, PeftModel):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self.denoiser.save(output_dir or self.folder)
@@ -188,9 +180,14 @@ class UnmaskTrainer(Trainer):
         """Build the optimizer over the trainable parameters once."""
         if self.optimizer is None:
             args = self.args
+            if args.sharding == "fsdp":
+                # From here on: what went before, reading a checkpoint included, saw plain tensors.
+                shard_for_training(self.accelerator, self.denoiser, self.reference)
             defaults: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
             defaults["betas"] = (args.adam_beta1, args.adam_beta2)
             self.optimizer = build_optimizer(self.denoiser.model.named_parameters(), **(defaults | self.optim))
+            if self.denoiser.root is not None:
+                leave_out_moments(self.optimizer)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -218,7 +215,8 @@ class UnmaskTrainer(Trainer):
         first = rank() * prompts
         rows = [self.rows.row(number * self.args.num_prompts + first + offset) for offset in range(prompts)]
         self.denoiser.model.eval()
-        return self.worker.collect(rows, step=number, first_id=first)
+        with whole(self.denoiser):
+            return self.worker.collect(rows, step=number, first_id=first)
 
     def _make_plan(self, batch: RolloutBatch, step: int) -> Plan:
         """Return the plan of a batch; every inner step reuses it."""
@@ -250,7 +248,8 @@ class UnmaskTrainer(Trainer):
         rows = self.eval_rows
         if eval_dataset is not None:
             rows = heldout_rows(_as_rows(eval_dataset, self.args.seed, "eval_dataset"), self.args.eval_problems)
-        result = evaluate(self.eval_worker, rows or [])
+        with whole(self.denoiser):
+            result = evaluate(self.eval_worker, rows or [])
         values = {name: value for name, value in result.as_dict().items() if isinstance(value, int | float)}
         clocks = ("wall_s", "tokens_per_s")
         prefix = metric_key_prefix
@@ -282,6 +281,15 @@ def prepare(model: Denoiser | str | Path, peft_config: Any, seed: int) -> Denois
         peft_config = replace(peft_config, target_modules=list(denoiser.family.lora_targets))
     with quiet_peft():
         return attach_adapter(denoiser, peft_config, seed=seed)
+
+
+def _check_shares(args: UnmaskConfig) -> None:
+    """Raise RecipeError when the processes would not have equally many prompts."""
+    if args.num_prompts % world_size():
+        raise RecipeError(
+            f"num_prompts: {args.num_prompts} prompts cannot be shared evenly by {world_size()} processes (a group "
+            f"stays on one); use a multiple of {world_size()}."
+        )
 
 
 def default_sampler(args: UnmaskConfig) -> Sampler:

@@ -47,17 +47,17 @@ def window_logits(
     Positions outside `exists_BL` are seen by no other and counted by none.
     """
     positions_BT = torch.cat([torch.zeros_like(prompt_mask_BQ), positions_BL], dim=1)
-    ids_BT, options = _inputs(prompt_BQ, prompt_mask_BQ, canvas_BL, exists_BL)
+    ids_BT, options = _inputs(prompt_BQ, prompt_mask_BQ, canvas_BL, exists_BL, not bool(prompt_mask_BQ.all()))
     return denoiser.logits(ids_BT, positions_BT=positions_BT, **options)
 
 
 def _inputs(
-    prompt_BQ: Tensor, prompt_mask_BQ: Tensor, canvas_BL: Tensor, exists_BL: Tensor | None
+    prompt_BQ: Tensor, prompt_mask_BQ: Tensor, canvas_BL: Tensor, exists_BL: Tensor | None, padded: bool
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """Return ids and what says which of them are real; without padding no mask, so that SDPA may use flash."""
     ids_BT = torch.cat([prompt_BQ, canvas_BL], dim=1)
     if exists_BL is None:
-        if bool(prompt_mask_BQ.all()):
+        if not padded:
             return ids_BT, {"padding_mask_BT": None}
         return ids_BT, {"padding_mask_BT": torch.cat([prompt_mask_BQ, torch.ones_like(canvas_BL).bool()], dim=1)}
     mask_BT = torch.cat([prompt_mask_BQ, exists_BL], dim=1)
@@ -83,6 +83,10 @@ class Forward:
     shared_B: Tensor | None = None
     cached: Cached | None = None
     calls: int = 0
+
+    def __post_init__(self) -> None:
+        # Asked once: a look at a device's tensor in every step would make the host wait.
+        self.padded = not bool(self.prompt_mask_BQ.all())
 
     def __call__(self, state: State, alive_A: Tensor, asked_AL: Tensor, flat_K: Tensor) -> Rows:
         """Return the logits of the canvas positions `flat_K` (row x L + position) of the live rows.
@@ -144,12 +148,12 @@ class Forward:
         if first_B is not None:
             lead_A, index_A = torch.unique(first_B[alive_A], return_inverse=True)
             chosen = torch.searchsorted(alive_A, lead_A)
-            ids, options = _inputs(prompt_AQ[chosen], mask_AQ[chosen], canvas_AL[chosen], None)
+            ids, options = _inputs(prompt_AQ[chosen], mask_AQ[chosen], canvas_AL[chosen], None, self.padded)
             hidden = denoiser.hidden(ids, **options)[:, -length:]
             row_K, place_K = index_A[flat_K // length], flat_K % length
             features_KD = hidden[row_K, place_K]
         else:
-            ids, options = _inputs(prompt_AQ, mask_AQ, canvas_AL, exists_AL)
+            ids, options = _inputs(prompt_AQ, mask_AQ, canvas_AL, exists_AL, self.padded)
             features_KD = denoiser.hidden(ids, **options)[:, -length:].flatten(0, 1)[flat_K]
         return self._headed(features_KD)
 

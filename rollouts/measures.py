@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,16 +87,20 @@ def measure(logits_KV: Tensor, uniform_K: Tensor, request: Request, current_K: T
     total_K = torch.log1p(others_K)
     best_K, odds_K = best_K1.squeeze(1), -others_K.log()
     needs = request.needs
-    second_K = mass_KV.amax(dim=1).log() - total_K if "second" in needs else None
+    second_K = None
+    if "second" in needs:
+        second_K = gap_KV.scatter_(1, best_K1, -torch.inf).amax(dim=1) / request.score_temperature - total_K
+        gap_KV.scatter_(1, best_K1, 0.0)
     # -sum p log p with log p = log m - log total, and the likeliest token's m is 1.
     entropy_K = total_K + torch.special.entr(mass_KV).sum(dim=1) / (1 + others_K) if "entropy" in needs else None
     mass_KV.scatter_(1, best_K1, 1.0)
     eos_K = mass_KV[:, list(request.eos)].sum(dim=1).log() - total_K if "eos" in needs and request.eos else None
-    current_K = mass_KV.gather(1, current_K[:, None]).squeeze(1).log() - total_K if current_K is not None else None
+    if current_K is not None:
+        current_K = gap_KV.gather(1, current_K[:, None]).squeeze(1) / request.score_temperature - total_K
     token_K, logprob_K = _draw(gap_KV, mass_KV, best_K, others_K, uniform_K, request)
     drawn_K = None
     if "drawn" in needs:
-        drawn_K = _odds(mass_KV.gather(1, token_K[:, None]), others_K).squeeze(1)
+        drawn_K = _odds(gap_KV.gather(1, token_K[:, None]) / request.score_temperature, others_K).squeeze(1)
     # An infinite logit hides in the difference to itself; NaN, and nothing but -inf, show by themselves.
     confidence_K = torch.where(top_K1.squeeze(1).isfinite(), -total_K, torch.nan)
     return Statistics(token_K, logprob_K, best_K, confidence_K, odds_K, drawn_K, second_K, entropy_K, eos_K, current_K)
@@ -104,16 +111,16 @@ def token_odds(logits_KV: Tensor, *, temperature: float = 1.0, banned: tuple[int
     if banned:
         logits_KV = logits_KV.index_fill(1, torch.tensor(banned, device=logits_KV.device), -torch.inf)
     top_K1, best_K1 = logits_KV.max(dim=1, keepdim=True)
-    mass_KV = ((logits_KV - top_K1) / temperature).exp_()
-    others_K = mass_KV.scatter(1, best_K1, 0.0).sum(dim=1)
-    return _odds(mass_KV.scatter_(1, best_K1, 1.0), others_K)
+    gap_KV = (logits_KV - top_K1) / temperature
+    others_K = gap_KV.exp().scatter_(1, best_K1, 0.0).sum(dim=1)
+    return _odds(gap_KV, others_K)
 
 
-def _odds(mass_KN: Tensor, others_K: Tensor) -> Tensor:
-    """Return the log-odds of tokens from exp(l - l_best) and its sum over all tokens but the likeliest."""
-    others_K1 = others_K[:, None]
+def _odds(gap_KN: Tensor, others_K: Tensor) -> Tensor:
+    """Return the log-odds of tokens from their distance to the likeliest and the mass of all but that one."""
+    others_K1, mass_KN = others_K[:, None], gap_KN.exp()
     # What a token of mass 1 leaves is the others, exactly; a tie for the likeliest has others >= 1.
-    return mass_KN.log() - torch.where(mass_KN == 1, others_K1, 1 + others_K1 - mass_KN).log()
+    return gap_KN - torch.where(mass_KN == 1, others_K1, 1 + others_K1 - mass_KN).log()
 
 
 def _draw(
@@ -174,11 +181,16 @@ def measure_rows(
 
 def _pass(logits_KV: Tensor, uniform_K: Tensor, request: Request, current_K: Tensor | None) -> Statistics:
     if logits_KV.is_cuda:
-        from .kernels import fused, supports
-
-        if supports(logits_KV, request):
-            return fused(logits_KV, uniform_K, request, current_K)
+        kernels = _kernels()
+        if kernels is not None and kernels.supports(logits_KV, request):
+            return kernels.fused(logits_KV, uniform_K, request, current_K)
     return measure(logits_KV, uniform_K, request, current_K)
+
+
+@cache
+def _kernels() -> Any:
+    """Return the Triton kernels, or None where a GPU has no triton."""
+    return importlib.import_module(".kernels", __package__) if importlib.util.find_spec("triton") else None
 
 
 def _cat(values: Sequence[Tensor | None]) -> Tensor | None:

@@ -227,6 +227,17 @@ def test_the_example_of_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert saved.keys() == state.keys() and all(torch.equal(saved[k], state[k]) for k in state)
 
 
+def test_the_table_of_precision_is_the_result() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "bf16.json").read_text())["result"]["rows"]
+    keys = ("stock", "vendor", "stock_to_vendor", "cast")
+    lines = [
+        " | ".join([f"| `{row['family']}`", *("" if row[key] is None else f"{row[key]:.1e}" for key in keys)]) + " |"
+        for row in rows
+    ]
+    text = (ROOT / "docs" / "precision.md").read_text()
+    assert "\n".join(lines) in text
+
+
 def test_minimal_has_as_many_lines_as_the_readme_says() -> None:
     (lines,) = re.findall(r"(\d+) lines from loading", (ROOT / "README.md").read_text())
     spec = importlib.util.find_spec("unmask.recipes.minimal")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from unmask.policies.adapters import attach_adapter, lora_config
 from unmask.policies.families import LLADA
-from unmask.policies.loading import ntk_theta, stock_config
+from unmask.policies.layout import CheckpointError
+from unmask.policies.loading import load_denoiser, new_denoiser, ntk_theta, stock_config, tiny_folder
 from unmask.policies.published import CONFIGS
 from unmask.policies.resolving import read_config
 from unmask.recipes.loading import load_recipe
@@ -52,14 +55,8 @@ def test_activations_are_what_autograd_holds(overrides: list[str]) -> None:
         loss = F.log_softmax(denoiser.head(hidden), dim=-1).gather(1, ids.flatten()[:scored, None]).sum()
     measured = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
     loss.backward()
-    counted = saved_bytes(on_meta(chosen, read_config(Path(load_tiny()))), rows, tokens, scored)
+    counted = saved_bytes(on_meta(chosen, read_config(tiny_folder())), rows, tokens, scored)
     assert abs(counted - measured) <= 0.05 * measured, (counted, measured)
-
-
-def load_tiny() -> str:
-    from unmask.policies.loading import tiny_folder
-
-    return str(tiny_folder())
 
 
 def test_weights_and_optimizer_are_exact() -> None:
@@ -71,8 +68,10 @@ def test_weights_and_optimizer_are_exact() -> None:
     found = estimate(chosen)
     assert found is not None
     assert (found.weights, found.adapter, found.optimizer) == (base, own, 3 * own)
-    full = estimate(recipe("model.lora=null"))
-    assert full is not None and (full.weights, full.adapter, full.optimizer) == (base, 0, 3 * base)
+    # Without an adapter to switch off, a reference is a second model.
+    for beta, models in ((0.0, 1), (0.1, 2)):
+        full = estimate(recipe("model.lora=null", f"objective.beta={beta}"))
+        assert full is not None and (full.weights, full.adapter, full.optimizer) == (models * base, 0, 3 * base)
 
 
 def test_activations_grow_with_the_chunk_and_not_with_the_steps() -> None:
@@ -112,3 +111,36 @@ def test_ntk_factors_are_the_papers() -> None:
     config: Any = stock_config(LLADA, CONFIGS["GSAI-ML/LLaDA-8B-Instruct"])
     factors = [round(ntk_theta(config, k * 1024) / 500000.0) for k in (4, 8, 16, 24, 32)]
     assert factors == [1, 4, 14, 31, 55]
+
+
+def test_the_family_is_the_one_that_is_loaded(tmp_path: Path) -> None:
+    """A converted model's config.json says itself how it attends; LLaDA2's names no mask id, which takes no memory."""
+    denoiser = new_denoiser(hidden_size=16, layers=1, heads=2, mlp=16)
+    converted = replace(denoiser.family, name="stock", attention="block_causal", block_length=4, logit_shift=1)
+    replace(denoiser, family=converted).save(tmp_path, layout="stock")
+    chosen = recipe(f"model.path={tmp_path}")
+    assert on_meta(chosen, read_config(tmp_path)).family == load_denoiser(str(tmp_path)).family == converted
+    assert estimate(chosen) is not None
+    llada2 = Path(__file__).parent / "fixtures" / "llada2"
+    chosen = recipe(f"model.path={llada2}", "model.block_length=8")
+    family = on_meta(chosen, read_config(llada2)).family
+    assert (family.name, family.attention, family.block_length, family.mixture) == ("llada2", "block_causal", 8, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "message"),
+    [
+        ({}, ["model.block_length=null"], "no block length, which block-causal family 'llada2' needs"),
+        ({}, ["model.mask_token_id=328"], "mask_token_id 328 lies outside the embedding's 328 rows"),
+        ({}, ["model.mask_token_id=317"], "mask_token_id 317 equals the EOS id"),
+        ({"score_function": "softmax"}, [], "score_function is 'softmax', but family 'llada2'"),
+        ({"architectures": ["Other"], "model_type": "other"}, [], "belong to no known family"),
+    ],
+)
+def test_a_check_refuses_what_loading_would_refuse(
+    changes: dict[str, Any], overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    vendor = read_config(Path(__file__).parent / "fixtures" / "llada2") | changes
+    (tmp_path / "config.json").write_text(json.dumps(vendor))
+    with pytest.raises(CheckpointError, match=message):
+        estimate(recipe(f"model.path={tmp_path}", "model.block_length=8", *overrides))

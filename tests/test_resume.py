@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import shortrun
 
 from unmask.rl import run
 from unmask.rl.trainer import UnmaskTrainer
 
-sys.path.append(str(Path(__file__).parent))
-import shortrun
+pytestmark = pytest.mark.usefixtures("place")
+
 
 BASE = ["objective.inner_steps=3", "optim.steps=7", "run.save_every=1", "evaluation.every=3"]
 KINDS = {
@@ -40,16 +40,6 @@ KINDS = {
 
 class PowerCut(RuntimeError):
     """Stands for whatever ends a process."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shortrun.save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
