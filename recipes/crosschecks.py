@@ -11,6 +11,7 @@ from .schema import EvaluationSection, ObjectiveSection, Recipe, SamplerSection,
 
 GROUP_ADVANTAGES = {"group_mean", "group_std", "leave_one_out"}
 POSITIONAL_SCORES = {"random", "left_to_right"}
+POSITIONAL_SELECTIONS = {"top", "all", "plackett_luce", "entropy_budget"}
 
 
 def check_recipe(recipe: Recipe | SftRecipe) -> None:
@@ -166,28 +167,30 @@ def check_sampler(sampler: SamplerSection, canvas: int, where: str, canvas_key: 
             f"use at most {canvas}."
         )
     _probe(sampler, canvas, where, canvas_key)
-    if selection == "threshold" and score in POSITIONAL_SCORES:
+    if score in POSITIONAL_SCORES and selection not in POSITIONAL_SELECTIONS and selection in SLOTS["selection"]:
         raise RecipeError(
-            f"{where}.selection: threshold compares a probability, score '{score}' is none; "
+            f"{where}.selection: {selection} compares a probability, score '{score}' is none; "
             "use score confidence, margin or entropy, or selection top."
         )
 
 
 def _probe(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) -> None:
-    """Call schedule and selection once on a blank canvas: parts check their own knobs when they are called."""
+    """Call schedule, score and selection once on a blank canvas: parts check their own knobs when they are called."""
     import torch
 
     from ..rollouts.caches import Layout
+    from ..rollouts.measures import Statistics
     from ..rollouts.sampler import build_sampler
     from ..rollouts.state import State
 
     state = State.of(torch.full((1, canvas), -1), -1)
+    state.statistics = Statistics.blank(1, canvas)
     try:
         built = build_sampler(sampler.model_dump())
         state.quota = built.quota(state)
-        built.choose(state, torch.zeros(1, canvas), state.quota)
+        state.window_AL = state.quota.window_BL
+        built.choose(state, built.scores(state), state.quota)
         if built.cache is not None:
-            state.window_AL = state.quota.window_BL
             built.cache(state, Layout.of(state))
     except RecipeError as error:
         raise RecipeError(f"{where}.{error} ({canvas_key}: {canvas})") from error

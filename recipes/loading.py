@@ -23,9 +23,9 @@ from .schema import InSlot, Recipe, RewardEntry, SftEvaluationSection, SftRecipe
 
 PART_MODULES = {
     "task": "recipes.tasks",
-    "schedule": "rollouts.schedules",
-    "score": "rollouts.scores",
-    "selection": "rollouts.selection",
+    "schedule": "rollouts.sampler",
+    "score": "rollouts.sampler",
+    "selection": "rollouts.sampler",
     "remasking": "rollouts.remasking",
     "editing": "rollouts.remasking",
     "length": "rollouts.lengths",

@@ -40,8 +40,9 @@ def summary(recipe: Recipe | SftRecipe, target: str, nproc: int | None = None) -
     `nproc` processes share its work (None: one, or up to `MACHINE` where the recipe shares out its weights).
     """
     if nproc is None:
-        sharded = isinstance(recipe, Recipe) and recipe.model.sharding == "fsdp"
-        nproc = max(2, math.gcd(MACHINE, recipe.rollout.prompts)) if sharded else 1
+        nproc = 1
+        if isinstance(recipe, Recipe) and recipe.model.sharding == "fsdp":
+            nproc = max(2, math.gcd(MACHINE, recipe.rollout.prompts))
     check_world(recipe, nproc)
     facts = _sft_facts(recipe) if isinstance(recipe, SftRecipe) else _rl_facts(recipe, nproc)
     facts["notes"] = notes(recipe)

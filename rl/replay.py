@@ -11,7 +11,6 @@ from torch import Tensor
 from ..rollouts.categorical import log_probs
 from ..rollouts.choices import Scored, choice_logprob, replayed_scores
 from ..rollouts.forward import LogitSource, window_logits
-from ..rollouts.trajectory import SAMPLED
 from .sharding import whole
 from .views import Views
 
@@ -67,20 +66,19 @@ def _choices(views: Views, logits_WV: Tensor, window_NL: Tensor) -> Tensor:
     assert sampler is not None
     banned = trajectory.banned_token_ids
     # All tokens of the step set the bar, also those behind an EOS, which are no actions.
-    sampled_NL = trajectory.source_BL[views.row_N] == SAMPLED
-    chosen_NL = sampled_NL & (trajectory.born_BL[views.row_N] == views.step_N[:, None])
+    token_NL, rank_NL = trajectory.drawn_at(views.row_N, views.step_N)
+    chosen_NL, rank_NL = token_NL != trajectory.mask_token_id, rank_NL.long()
     state = views.state()
     # The drawn tokens stand where they were drawn; elsewhere the score is not read.
-    state.canvas_AL = torch.where(chosen_NL, trajectory.tokens_BL[views.row_N], state.canvas_AL)
+    state.canvas_AL = torch.where(chosen_NL, token_NL, state.canvas_AL)
     state.window_AL = window_NL
-    rank_NL = trajectory.rank_BL[views.row_N].long()
     if not sampler.draws_first:
         score_NL = replayed_scores(sampler, logits_WV, state, banned)
-        return choice_logprob(sampler, logits_WV, Scored(score_NL, chosen_NL, rank_NL, window_NL), banned)
+        return choice_logprob(sampler, logits_WV, Scored(score_NL, chosen_NL, rank_NL, window_NL), state, banned)
     with torch.no_grad():
         score_NL = replayed_scores(sampler, logits_WV.detach(), state, banned)
     scored = Scored(score_NL, chosen_NL, rank_NL, window_NL)
-    choice_N = choice_logprob(sampler, logits_WV, scored, banned)
+    choice_N = choice_logprob(sampler, logits_WV, scored, state, banned)
     possible_N = choice_N > -torch.inf
     if bool(possible_N.all()) or bool(choice_N.isnan().any()):
         return choice_N
@@ -88,7 +86,8 @@ def _choices(views: Views, logits_WV: Tensor, window_NL: Tensor) -> Tensor:
     # log 0 is NaN. Only the other views are differentiated.
     kept_WV = logits_WV[possible_N[window_NL.nonzero()[:, 0]]]
     index_N = possible_N.nonzero()[:, 0]
-    kept = choice_logprob(sampler, kept_WV, Scored(*(table[possible_N] for table in scored)), banned)
+    kept_scored, kept_state = Scored(*(table[possible_N] for table in scored)), views.where(possible_N).state()
+    kept = choice_logprob(sampler, kept_WV, kept_scored, kept_state, banned)
     return torch.full_like(choice_N, IMPOSSIBLE).index_copy(0, index_N, kept)
 
 

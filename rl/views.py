@@ -87,12 +87,15 @@ class Views:
         exists_NL = trajectory.exists_before(row_N, self.step_N)
         if exists_NL is not None:
             state = replace(state, exists_AL=exists_NL, masked_AL=state.masked_AL & exists_NL)
-        given_BL = trajectory.source_BL == GIVEN
+        # Tokens of a draft count as given until they are taken back: what was open is what the first call saw open.
+        first_NL = trajectory.canvas_before(row_N, torch.zeros_like(self.step_N))
+        exists_NL = trajectory.exists_before(row_N, torch.zeros_like(self.step_N))
+        open_NL = first_NL == trajectory.mask_token_id
         return replace(
             state,
-            given_AL=given_BL[row_N],
+            given_AL=trajectory.source_BL[row_N] == GIVEN,
             step_A=self.step_N,
-            open_A=(~given_BL).sum(1)[row_N],
+            open_A=(open_NL if exists_NL is None else open_NL & exists_NL).sum(1),
             offset_A=state.offset_A if trajectory.offset_B is None else trajectory.offset_B[row_N],
             born_AL=trajectory.born_BL[row_N],
             rollout_id_A=trajectory.rollout_id_B[row_N],

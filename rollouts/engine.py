@@ -13,10 +13,10 @@ from .caches import check_cache
 from .choices import Scored, rollout_choice
 from .columns import Cached
 from .forward import Forward, LogitSource, Rows, shared_rows
-from .lengths import resize
 from .measures import Statistics, measure_rows
+from .ranking import rank
+from .revisions import commit
 from .sampler import Sampler
-from .selection import rank
 from .state import Record, State
 from .trajectory import Trajectory
 
@@ -39,6 +39,7 @@ def denoise(
     seed: int,
     step: int = 0,
     group_B: Tensor | None = None,
+    draft_BL: Tensor | None = None,
     static: bool | None = None,
     anyone: Callable[[bool], bool] | None = None,
     on_step: Callable[[Tensor], None] | None = None,
@@ -48,13 +49,16 @@ def denoise(
     One denoiser call a step over the rows that are not finished; the LM head runs at the asked positions only, in
     chunks. Noise is keyed by (seed, step, rollout id, denoising step, position), so a rollout does not depend on what
     else is in the batch. Every step commits at least one position of every live row, and `sampler.max_steps` bounds
-    their number. Rows of one `group_B` that start alike share the first call. `static` (default: on every device but
+    their number. Rows of one `group_B` that start alike share the first call. `draft_BL` are tokens of the canvas that
+    a remasking or editing may take back; the others stay. `static` (default: on every device but
     the CPU) keeps shapes to powers of two of rows and a fixed number of positions and looks at the device's state every
     fourth step only. `anyone` tells whether any rank still has live rows: under sharded weights every rank calls the
     denoiser until all are done. `on_step` sees `tokens_BL` after each step. Raises LogitError where the logits are NaN,
     or -inf for every allowed token.
     """
-    run = _Run.start(denoiser, sampler, prompt_BQ, prompt_mask_BQ, canvas_BL, rollout_id_B, seed, step, group_B)
+    run = _Run.start(
+        denoiser, sampler, prompt_BQ, prompt_mask_BQ, canvas_BL, rollout_id_B, seed, step, group_B, draft_BL
+    )
     run.static = canvas_BL.device.type != "cpu" if static is None else static
     if run.forward.cached is not None:
         run.forward.cached.static, run.forward.cached.lockstep = run.static, anyone is not None
@@ -82,6 +86,7 @@ class _Run:
     prompt_BQ: Tensor
     prompt_mask_BQ: Tensor
     rollout_id_B: Tensor
+    group_B: Tensor
     offset_B: Tensor
     alive_A: Tensor
     eos: Tensor
@@ -107,6 +112,7 @@ class _Run:
         seed: int,
         step: int,
         group_B: Tensor | None,
+        draft_BL: Tensor | None,
     ) -> _Run:
         """Return a run that has not called the denoiser yet."""
         family, device = denoiser.family, canvas_BL.device
@@ -121,7 +127,8 @@ class _Run:
             cached=None if sampler.cache is None else Cached(denoiser, sampler.cache),
         )
         length_B = sampler.start_length(canvas_BL)
-        record = Record.start(canvas_BL, length_B, family.mask_token_id, torch.float32)
+        record = Record.start(canvas_BL, draft_BL, length_B, family.mask_token_id)
+        own_B = torch.arange(len(canvas_BL), device=device)
         return _Run(
             denoiser=denoiser,
             sampler=sampler,
@@ -130,8 +137,9 @@ class _Run:
             prompt_BQ=prompt_BQ,
             prompt_mask_BQ=prompt_mask_BQ,
             rollout_id_B=rollout_id_B,
+            group_B=own_B if group_B is None else torch.unique(group_B, return_inverse=True)[1],
             offset_B=block_offset(family, prompt_mask_BQ),
-            alive_A=torch.arange(len(canvas_BL), device=device),
+            alive_A=own_B,
             eos=torch.tensor(family.eos_token_ids, device=device),
             broken=torch.full((len(canvas_BL), 3), -1, device=device),
             memory={},
@@ -145,6 +153,7 @@ class _Run:
             self.alive_A,
             offset_A=self.offset_B[self.alive_A],
             rollout_id_A=self.rollout_id_B[self.alive_A],
+            group_A=self.group_B[self.alive_A],
             mask_token_id=self.denoiser.family.mask_token_id,
             eos_token_ids=tuple(self.denoiser.family.eos_token_ids),
             seed=self.seed,
@@ -153,18 +162,21 @@ class _Run:
         )
 
     def unfinished(self) -> Tensor:
-        """Return which of the live rows still have a position that the EOS rule wants decided."""
-        tokens_AL = self.record.tokens_BL[self.alive_A]
+        """Return which of the live rows have a position that the EOS rule wants decided, or linger over a region."""
+        tokens_AL, steps_A = self.record.tokens_BL[self.alive_A], self.record.steps_B[self.alive_A]
         exists_AL = torch.arange(tokens_AL.shape[1], device=tokens_AL.device) < self.record.length_B[self.alive_A, None]
         masked_AL = (tokens_AL == self.denoiser.family.mask_token_id) & exists_AL
-        if self.sampler.eos_rule == "none":
-            return masked_AL.any(dim=1)
-        ends_AL = torch.isin(tokens_AL, self.eos) & exists_AL
-        # Undecided before any end: the first mask comes before the first EOS.
-        return (masked_AL & (ends_AL.cumsum(dim=1) == 0)).any(dim=1)
+        open_AL = masked_AL
+        if self.sampler.eos_rule == "stop":
+            ends_AL = torch.isin(tokens_AL, self.eos) & exists_AL
+            # Undecided before any end: the first mask comes before the first EOS.
+            open_AL = masked_AL & (ends_AL.cumsum(dim=1) == 0)
+        lingers_A = self.sampler.lingers(self.memory, masked_AL)
+        return (open_AL.any(dim=1) | lingers_A) & (steps_A < self.sampler.steps_allowed(tokens_AL.shape[1]))
 
     def compact(self) -> None:
         """Drop finished rows: all of them, or down to the next power of two where shapes are static."""
+        self.record.settle()
         live_A = self.unfinished()
         count = int(live_A.sum())
         size = count if not self.static else min(len(live_A), 1 << max(count - 1, 0).bit_length()) if count else 0
@@ -185,34 +197,31 @@ class _Run:
         last_A = state.step_A >= sampler.steps_allowed(state.canvas_AL.shape[1]) - 1
         quota = sampler.quota(state)
         window_AL = torch.where(last_A[:, None], state.masked_AL, quota.window_BL) & live_A[:, None]
-        quota = quota._replace(
-            window_BL=window_AL, count_B=torch.where(last_A, state.canvas_AL.shape[1], quota.count_B)
-        )
+        count_A = torch.where(last_A, state.canvas_AL.shape[1], quota.count_B)
+        quota = quota._replace(window_BL=window_AL, count_B=count_A)
         state.window_AL, state.quota = window_AL, quota
-        rows, asked_AL, state.statistics = self._measure(state, window_AL)
+        rows, flat_K, state.statistics = self._measure(state, live_A)
         score_AL = sampler.scores(state)
-        place_AL = rank(torch.where(window_AL, score_AL.clamp(min=torch.finfo(score_AL.dtype).min), -torch.inf))
+        keys_AL = sampler.keys(state, score_AL)
+        place_AL = rank(torch.where(window_AL, keys_AL.clamp(min=torch.finfo(keys_AL.dtype).min), -torch.inf))
         chosen_AL = sampler.choose(state, score_AL, quota) & window_AL
         # Whatever a selection of the user's says, a live row commits something: the loop ends.
         chosen_AL |= (place_AL == 0) & window_AL & ~chosen_AL.any(dim=1, keepdim=True)
-        chosen_AL |= window_AL & last_A[:, None]
+        chosen_AL = (chosen_AL & ~sampler.waits(state)[:, None]) | (window_AL & last_A[:, None])
+        state.chosen_AL = chosen_AL
         rank_AL = rank(torch.where(chosen_AL, -place_AL.double(), -torch.inf))
+        scored = Scored(score_AL, chosen_AL, rank_AL, window_AL)
         if sampler.exact_choice:
-            scored = Scored(score_AL, chosen_AL, rank_AL, window_AL)
-            choice_A = rollout_choice(sampler, rows, asked_AL, scored, self.banned)
+            choice_A = rollout_choice(sampler, rows, flat_K, scored, state, self.banned)
             choice_B = choice_A.new_zeros(len(self.record.tokens_BL))
             self.record.choice_logprobs.append(choice_B.index_copy(0, self.alive_A, choice_A))
-        self._commit(state, Scored(score_AL, chosen_AL, rank_AL, window_AL), live_A & ~last_A)
+        self.memory = commit(self.record, sampler, state, scored, self.alive_A, live_A & ~last_A)
         self.record.steps_B[self.alive_A] = state.step_A + live_A
-        self.memory = state.memory
 
-    def _measure(self, state: State, window_AL: Tensor) -> tuple[Rows, Tensor, Statistics]:
-        """Call the denoiser; return the logits of the asked positions, which these are, and their statistics."""
+    def _measure(self, state: State, live_A: Tensor) -> tuple[Rows, Tensor, Statistics]:
+        """Call the denoiser; return the logits of the asked positions, these positions, and their statistics."""
         sampler, (rows_A, length) = self.sampler, state.canvas_AL.shape
-        asked_AL = window_AL
-        if sampler.looks_at_canvas:
-            # Revisions judge decided tokens too, of live rows alone.
-            asked_AL = window_AL | (~state.masked_AL & ~state.given_AL & state.exists_AL & window_AL.any(1)[:, None])
+        asked_AL = asked_positions(sampler.reach, state, live_A)
         flat_K = positions_of(asked_AL, sampler.width(length) if self.static else None)
         safe_K = flat_K.clamp(max=rows_A * length - 1)
         rows = sampler.transformed(self.forward(state, self.alive_A, asked_AL, safe_K), state, safe_K)
@@ -222,7 +231,7 @@ class _Run:
         found = measure_rows(rows.logits, len(flat_K), rows.vocabulary, uniform_K, request, current_K)
         table = found.table(flat_K, rows_A, length)
         self._note_broken(state, table, asked_AL)
-        return rows, asked_AL, table
+        return rows, flat_K, table
 
     def _note_broken(self, state: State, table: Statistics, asked_AL: Tensor) -> None:
         """Remember the first position of each row without a distribution; `check` raises, one look a few steps."""
@@ -239,31 +248,6 @@ class _Run:
                 f"rollout {rollout}, step {step}: the logits at canvas position {position} are NaN, infinite or -inf "
                 "for every allowed token; check the weights, or resume from an earlier checkpoint."
             )
-
-    def _commit(self, state: State, scored: Scored, revisable_A: Tensor) -> None:
-        """Write the chosen tokens, take back what the remasking retracts, edit and resize."""
-        sampler, record, table = self.sampler, self.record, state.statistics
-        assert table is not None
-        chosen_AL, retract_AL = scored.chosen_AL, None
-        if sampler.remasking is not None:
-            decided_AL = (~state.masked_AL & state.exists_AL) | chosen_AL
-            retract_AL = sampler.revise(state, chosen_AL, scored.score_AL) & decided_AL & revisable_A[:, None]
-            # What is drawn and dropped in one step was never on a canvas: it is no action.
-            chosen_AL, retract_AL = chosen_AL & ~retract_AL, retract_AL & ~chosen_AL
-        edited_AL = None
-        if sampler.editing is not None:
-            edited_AL = sampler.edit(state) & ~state.masked_AL & ~state.given_AL & revisable_A[:, None]
-            edited_AL &= table.best != state.canvas_AL
-            retract_AL = edited_AL if retract_AL is None else retract_AL | edited_AL
-        if retract_AL is not None:
-            record.retract(self.alive_A, retract_AL, state.step_A)
-            tokens_AL = record.tokens_BL[self.alive_A].masked_fill(retract_AL, state.mask_token_id)
-            record.tokens_BL[self.alive_A] = tokens_AL
-        record.write(self.alive_A, chosen_AL, table.token, table.logprob, scored.score_AL, scored.rank_AL, state.step_A)
-        if edited_AL is not None:
-            record.overwrite(self.alive_A, edited_AL, table.best, table.confidence, state.step_A)
-        if sampler.length is not None:
-            self.memory = resize(record, self.alive_A, sampler.resized(state), revisable_A, state)
 
     def trajectory(self) -> Trajectory:
         """Return what was recorded."""
@@ -285,10 +269,23 @@ class _Run:
             banned_token_ids=self.banned,
             choice_logprob_BS=record.choices() if sampler.exact_choice else None,
             retracted=record.lifetimes() if sampler.revises else None,
-            length_BS=torch.stack(record.lengths, dim=1) if resizes else None,
+            length_BS=record.lengths_by_step() if resizes else None,
             appeared_BL=record.appeared_BL if resizes else None,
-            offset_B=self.offset_B if bool(self.offset_B.any()) else None,
+            offset_B=None if family.attention == "full" else self.offset_B,
         )
+
+
+def asked_positions(reach: str, state: State, live_A: Tensor) -> Tensor:
+    """Return `asked_AL`, the positions whose statistics a step needs; see `Sampler.reach`."""
+    assert state.window_AL is not None and state.quota is not None
+    if reach == "window":
+        return state.window_AL
+    if reach == "everywhere":
+        return state.exists_AL & ~state.given_AL & live_A[:, None]
+    asked_AL = state.stood_AL & live_A[:, None]
+    if reach == "region" and state.quota.region_BL is not None:
+        asked_AL &= state.quota.region_BL
+    return asked_AL | state.window_AL
 
 
 def positions_of(asked_AL: Tensor, width: int | None) -> Tensor:

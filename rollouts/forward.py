@@ -141,10 +141,11 @@ class Forward:
         if not hasattr(denoiser, "hidden"):
             positions_AL = torch.zeros_like(canvas_AL, dtype=torch.bool).view(-1).index_fill(0, flat_K, True)
             asked_AL = positions_AL.view(canvas_AL.shape)
-            # Rows may be overwritten by the statistics pass: they must be nobody else's.
-            logits_KV = window_logits(denoiser, prompt_AQ, mask_AQ, canvas_AL, asked_AL, exists_AL).clone()
+            logits_KV = window_logits(denoiser, prompt_AQ, mask_AQ, canvas_AL, asked_AL, exists_AL)
             logits_KV = logits_KV if logits_KV.dtype == torch.float64 else logits_KV.float()
-            return Rows(lambda start, stop: logits_KV[start:stop], logits_KV.shape[1])
+            # Padding of static shapes repeats a position. The indexing copies: transforms and statistics overwrite.
+            index_K = (asked_AL.view(-1).cumsum(0) - 1)[flat_K]
+            return Rows(lambda start, stop: logits_KV[index_K[start:stop]], logits_KV.shape[1])
         if first_B is not None:
             lead_A, index_A = torch.unique(first_B[alive_A], return_inverse=True)
             chosen = torch.searchsorted(alive_A, lead_A)

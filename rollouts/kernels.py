@@ -18,9 +18,9 @@ MOST_IDS = 8  # banned and EOS ids that a launch compares with
 
 
 def supports(logits_KV: Tensor, request: Request) -> bool:
-    """Return whether the kernel computes this request: no filter of the draw, few special ids, no float64."""
+    """Return whether the kernel computes this request: no filter of the draw, no lists, few special ids, no float64."""
     few = len(request.banned) <= MOST_IDS and len(request.eos) <= MOST_IDS
-    plain = request.top_p == 1.0 and request.top_k == 0
+    plain = request.top_p == 1.0 and request.top_k == 0 and "top" not in request.needs
     return plain and few and logits_KV.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from .categorical import draw_mass
 
 ALWAYS = ("token", "logprob", "best", "confidence", "odds")
-OPTIONAL = ("drawn", "second", "entropy", "eos", "current")
+OPTIONAL = ("drawn", "second", "entropy", "eos", "current", "top")
+KEPT = 64  # tokens of a position whose log-probabilities `top` keeps
 # Logits in one chunk of rows: 16 MB in fp32 stays in a CPU's cache, a GPU wants more work a launch.
 CHUNK_ENTRIES = {"cpu": 1 << 22, "other": 1 << 27}
 
@@ -27,7 +28,8 @@ class Statistics(NamedTuple):
     `token` is the draw from q (at temperature 0 the argmax) and `logprob` its log q (then 0). `best` is the argmax,
     `confidence` its log p, `odds` its log p/(1-p), precise where p rounds to 1. Those that a sampler asks for, else
     None: `drawn` log-odds of `token` under p, `second` log p of the second best, `entropy` H(p), `eos` log p(EOS),
-    `current` log p of the token that stands on the canvas.
+    `current` log p of the token that stands on the canvas, `top` (with one dimension more) log p of the `KEPT`
+    likeliest tokens, whose ids are `top_token`.
     """
 
     token: Tensor
@@ -40,6 +42,8 @@ class Statistics(NamedTuple):
     entropy: Tensor | None = None
     eos: Tensor | None = None
     current: Tensor | None = None
+    top: Tensor | None = None
+    top_token: Tensor | None = None
 
     def table(self, flat_K: Tensor, rows: int, columns: int) -> Statistics:
         """Return every field as `[rows, columns]`; -inf (ids: 0) where `flat_K` does not point."""
@@ -49,10 +53,18 @@ class Statistics(NamedTuple):
                 return None
             empty = -torch.inf if value_K.is_floating_point() else 0
             # One entry more takes the padding of static shapes.
-            table = torch.full((rows * columns + 1,), empty, dtype=value_K.dtype, device=value_K.device)
-            return table.index_copy(0, flat_K, value_K)[:-1].view(rows, columns)
+            more = value_K.shape[1:]
+            table = torch.full((rows * columns + 1, *more), empty, dtype=value_K.dtype, device=value_K.device)
+            return table.index_copy(0, flat_K, value_K)[:-1].view(rows, columns, *more)
 
         return Statistics(*map(scatter, self))  # type: ignore[arg-type]
+
+    @staticmethod
+    def blank(rows: int, columns: int) -> Statistics:
+        """Return zeros in every field, for calling parts by themselves."""
+        number, ids = torch.zeros(rows, columns), torch.zeros(rows, columns, dtype=torch.long)
+        found = dict.fromkeys(Statistics._fields, number) | {"token": ids, "best": ids}
+        return Statistics(**found | {"top": number[..., None], "top_token": ids[..., None]})
 
 
 @dataclass(frozen=True)
@@ -97,13 +109,30 @@ def measure(logits_KV: Tensor, uniform_K: Tensor, request: Request, current_K: T
     eos_K = mass_KV[:, list(request.eos)].sum(dim=1).log() - total_K if "eos" in needs and request.eos else None
     if current_K is not None:
         current_K = gap_KV.gather(1, current_K[:, None]).squeeze(1) / request.score_temperature - total_K
+    top_KN = top_token_KN = None
+    if "top" in needs:
+        top_KN, top_token_KN = gap_KV.topk(min(KEPT, gap_KV.shape[1]), dim=1)
+        top_KN = top_KN / request.score_temperature - total_K[:, None]
     token_K, logprob_K = _draw(gap_KV, mass_KV, best_K, others_K, uniform_K, request)
     drawn_K = None
     if "drawn" in needs:
         drawn_K = _odds(gap_KV.gather(1, token_K[:, None]) / request.score_temperature, others_K).squeeze(1)
     # An infinite logit hides in the difference to itself; NaN, and nothing but -inf, show by themselves.
     confidence_K = torch.where(top_K1.squeeze(1).isfinite(), -total_K, torch.nan)
-    return Statistics(token_K, logprob_K, best_K, confidence_K, odds_K, drawn_K, second_K, entropy_K, eos_K, current_K)
+    return Statistics(
+        token=token_K,
+        logprob=logprob_K,
+        best=best_K,
+        confidence=confidence_K,
+        odds=odds_K,
+        drawn=drawn_K,
+        second=second_K,
+        entropy=entropy_K,
+        eos=eos_K,
+        current=current_K,
+        top=top_KN,
+        top_token=top_token_KN,
+    )
 
 
 def token_odds(logits_KV: Tensor, *, temperature: float = 1.0, banned: tuple[int, ...] = ()) -> Tensor:

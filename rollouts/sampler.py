@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from ..recipes.registry import SLOTS, RecipeError
-from . import caches, lengths, remasking, schedules, scores, selection, transforms  # noqa: F401 (importing registers)
+from . import (  # noqa: F401 (importing registers the parts)
+    caches,
+    lengths,
+    paces,
+    remasking,
+    rules,
+    schedules,
+    scores,
+    selection,
+    transforms,
+)
 from .forward import Rows
 from .lengths import Resize
 from .measures import Request
@@ -19,6 +29,7 @@ from .state import State
 from .traits import STATUSES, Traits, bare, knobs_of, traits_of, wants
 
 EOS_RULES = ("stop", "none")
+LINGERING = "lingering"  # where an editing keeps the region of the last step
 STEPS_PER_POSITION = 4  # the cap on steps, in canvas lengths, where a recipe sets none
 
 
@@ -65,7 +76,12 @@ class Sampler:
     @property
     def exact_choice(self) -> bool:
         """Whether the choice of positions is an action whose log-probability is recorded."""
-        return self.exact and (self.draws_first or hasattr(bare(self.selection), "order_logprob"))
+        return self.exact and self.chooses_at_random
+
+    @property
+    def chooses_at_random(self) -> bool:
+        """Whether the positions are decided by draws whose chances the weights move."""
+        return self.draws_first or hasattr(bare(self.selection), "order_logprob")
 
     @property
     def revises(self) -> bool:
@@ -73,9 +89,27 @@ class Sampler:
         return self.remasking is not None or self.editing is not None
 
     @property
-    def looks_at_canvas(self) -> bool:
-        """Whether statistics are wanted at decided tokens too."""
-        return any(traits_of(part).canvas for part in self.parts)
+    def traits(self) -> tuple[Traits, ...]:
+        """The traits of the parts that are set."""
+        return tuple(traits_of(part) for part in self.parts)
+
+    @property
+    def reach(self) -> str:
+        """Where statistics are wanted: in the `window`, also at tokens of its `region` or `canvas`, or `everywhere`."""
+        if any(traits.everywhere for traits in self.traits):
+            return "everywhere"
+        looking = [traits for traits in self.traits if traits.canvas]
+        return "window" if not looking else "region" if all(traits.local for traits in looking) else "canvas"
+
+    @property
+    def shadow(self) -> bool:
+        """Whether the statistics of decided tokens come from columns that do not see them."""
+        return any(traits.shadow for traits in self.traits)
+
+    @property
+    def keeps_groups(self) -> bool:
+        """Whether the rollouts of a group depend on each other, so that they must share a batch."""
+        return any(traits.group for traits in self.traits)
 
     @property
     def mismatch(self) -> str | None:
@@ -105,9 +139,9 @@ class Sampler:
         found = [traits_of(part).status for part in self.parts]
         if self.refusal:
             found.append("none")
-        if self.mismatch or (self.draws_first and not self.exact):
+        if self.mismatch or (self.chooses_at_random and not self.exact):
             found.append("behaviour only")
-        if self.draws_first and self.revises:
+        if self.chooses_at_random and any(traits.drops for traits in self.traits):
             # What is drawn and dropped decides what stays: no closed form.
             found.append("behaviour only")
         return max(found, key=STATUSES.index)
@@ -119,7 +153,25 @@ class Sampler:
         window_AL = quota.window_BL & state.masked_AL
         # Whatever a schedule of the user's says, a live row commits something: the loop ends.
         window_AL = torch.where(window_AL.any(dim=1, keepdim=True), window_AL, state.masked_AL)
-        return quota._replace(window_BL=window_AL, count_B=quota.count_B.clamp(min=1))
+        region_AL, lingers_A1 = quota.region_BL, self.lingers(state.memory, state.masked_AL)[:, None]
+        if LINGERING in state.memory:
+            here_AL = torch.ones_like(window_AL) if region_AL is None else region_AL
+            region_AL = torch.where(lingers_A1, state.memory[LINGERING], here_AL)
+        return Quota(window_AL & ~lingers_A1, quota.count_B.clamp(min=1), region_AL)
+
+    def lingers(self, memory: dict[str, Tensor], masked_AL: Tensor) -> Tensor:
+        """Return the rows whose next step only edits the region of the last one (`memory["lingering"]`)."""
+        rule = getattr(bare(self.editing), "lingers", None)
+        if rule is None or LINGERING not in memory:
+            return torch.zeros_like(masked_AL[:, 0])
+        return rule(memory, masked_AL, **knobs_of(self.editing))
+
+    def waits(self, state: State) -> Tensor:
+        """Return the rows that commit nothing because the length part wants to see a longer canvas first."""
+        rule = getattr(bare(self.length), "waits", None)
+        if rule is None:
+            return torch.zeros_like(state.step_A, dtype=torch.bool)
+        return rule(state, **knobs_of(self.length)) & ~state.exists_AL.all(dim=1)
 
     def scores(self, state: State) -> Tensor:
         """Return `score_AL`, -inf outside the window."""
@@ -133,6 +185,11 @@ class Sampler:
         """Return the selection's positions."""
         more = {"state": state} if wants(self.selection, "state") else {}
         return self.selection(score_AL, quota, **more)
+
+    def keys(self, state: State, score_AL: Tensor) -> Tensor:
+        """Return what the chosen positions are ranked by: the score, or its noisy form where the order is drawn."""
+        keys = getattr(bare(self.selection), "keys", None)
+        return score_AL if keys is None else keys(score_AL, state, **knobs_of(self.selection))
 
     def revise(self, state: State, chosen_AL: Tensor, score_AL: Tensor) -> Tensor:
         """Return the positions that the remasking takes back."""
@@ -161,7 +218,7 @@ class Sampler:
     def width(self, canvas: int) -> int:
         """Return the most positions that a step asks for."""
         size = knobs_of(self.schedule).get("size")
-        return canvas if size is None or self.looks_at_canvas else min(size, canvas)
+        return canvas if size is None or self.reach != "window" else min(size, canvas)
 
     def request(self, banned: tuple[int, ...], eos: tuple[int, ...]) -> Request:
         """Return what the statistics pass is asked for."""
@@ -175,8 +232,12 @@ class Sampler:
         return rows
 
     def banned(self, family: Any) -> tuple[int, ...]:
-        """Return the token ids that are never drawn."""
-        return (family.mask_token_id, *(family.eos_token_ids if self.suppress_eos else ()))
+        """Return the token ids that are never drawn: the mask, EOS where it is suppressed, those that parts ban."""
+        found = [family.mask_token_id, *(family.eos_token_ids if self.suppress_eos else ())]
+        for part in self.transforms:
+            bans = getattr(bare(part), "bans", None)
+            found += bans(**knobs_of(part)) if bans is not None else ()
+        return tuple(dict.fromkeys(found))
 
 
 def build_sampler(section: Mapping[str, Any], *, temperature: float = 1.0) -> Sampler:
@@ -243,6 +304,13 @@ def _check_parts(sampler: Sampler) -> None:
         raise RecipeError(
             f"sampler.selection: '{name}' has no closed form over drawn tokens; set exact: false, or score confidence."
         )
+    for slot in ("schedule", "score"):
+        part = getattr(sampler, slot)
+        if sampler.exact_choice and traits_of(part).history:
+            raise RecipeError(
+                f"sampler.{slot}: the log-probability of drawn positions needs what '{bare(part).__name__}' decided, "
+                "which a trainer cannot rebuild; set exact: false, or use a selection and a score that do not draw."
+            )
 
 
 def traits_named(slot: str, name: str) -> Traits:

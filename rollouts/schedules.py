@@ -36,7 +36,7 @@ def uniform(masked_BL: Tensor, step_B: Tensor, open_B: Tensor, *, steps: int) ->
 
     A row keeps its plan whatever else is in the batch: only its own masks and step count.
     """
-    _positive("steps", steps)
+    check_count("steps", steps)
     left_B = (steps - step_B).clamp(min=1)
     return Quota(masked_BL, (masked_BL.sum(1) + left_B - 1) // left_B)
 
@@ -47,11 +47,22 @@ def cosine(masked_BL: Tensor, step_B: Tensor, open_B: Tensor, *, steps: int) -> 
 
     `open_B` is m, the positions that were open at the start. A step whose share is 0 commits one all the same.
     """
-    _positive("steps", steps)
+    check_count("steps", steps)
     # fp64 and a hair: cos(pi/3) is 0.49999997 in fp32, and its floor one position too few.
     ratio_B = torch.cos(math.pi / 2 * ((step_B.double() + 1) / steps).clamp(max=1.0)).clamp(min=0.0)
     stay_B = torch.floor(open_B * ratio_B + 1e-9).long()
     return Quota(masked_BL, masked_BL.sum(1) - stay_B)
+
+
+@schedule.register
+def whole(masked_BL: Tensor, step_B: Tensor, open_B: Tensor, *, per_step: int = 1) -> Quota:
+    """The whole canvas, `per_step` positions a step: one of them is the first-hitting sampler's pace.
+
+    That one (Zheng et al. 2024, arXiv 2409.02908) draws the times at which a masked diffusion opens its positions; a
+    denoiser that is not told the time makes them needless, and with score `random` it is exact, at one call a token.
+    """
+    check_count("per_step", per_step)
+    return Quota(masked_BL, masked_BL.sum(1).clamp(max=per_step))
 
 
 @schedule.register
@@ -94,7 +105,7 @@ def first_block(masked_BL: Tensor, size: int, state: State | None) -> Tensor:
 
 def check_blocks(length: int, *, size: int, per_step: int | None, steps: int | None) -> None:
     """Raise RecipeError unless the blocks divide a canvas of `length` and exactly one of the two paces is given."""
-    _positive("size", size)
+    check_count("size", size)
     if length % size:
         near = [d for d in range(1, length + 1) if length % d == 0]
         best = min(near, key=lambda d: abs(d - size))
@@ -122,6 +133,7 @@ def _block_table(size: int, steps: int) -> Tensor:
     return table
 
 
-def _positive(name: str, value: int) -> None:
+def check_count(name: str, value: int) -> None:
+    """Raise RecipeError unless a count is at least 1."""
     if value < 1:
         raise RecipeError(f"schedule.{name}: {value} must be at least 1.")

@@ -21,23 +21,27 @@ class State:
     """The live rows of a rollout before a step's commits; parts read it, the engine alone writes it.
 
     Shapes: `A` live rows, `L` canvas. `canvas_AL` holds the mask id where undecided (`masked_AL`), `exists_AL` is False
-    behind a canvas's present end. `step_A` counts denoiser calls from 0, `open_A` is the number of positions that were
+    behind a canvas's present end. `given_AL` are tokens of the start that nothing may take back, `draft_AL` those that
+    may be. `step_A` counts denoiser calls from 0, `open_A` is the number of positions that were
     open at the start, `offset_A` the tokens of the prompt that share a block with the canvas's first. `born_AL` is the
     step that committed a token (-1: none, or given), `committed_AL` the score it was committed with (NaN: none).
-    `window_AL`, `quota` and `statistics` are those of the step and None before they are known. `memory` keeps what a
-    part wants to find again at the next step: tensors whose first dimension is A.
+    `group_A` numbers the groups of rollouts from 0. `window_AL`, `quota`, `statistics` and `chosen_AL` are those of the
+    step and None before they are known. `memory` keeps what a part wants to find again at the next step: tensors whose
+    first dimension is A.
     """
 
     canvas_AL: Tensor
     masked_AL: Tensor
     exists_AL: Tensor
     given_AL: Tensor
+    draft_AL: Tensor
     step_A: Tensor
     open_A: Tensor
     offset_A: Tensor
     born_AL: Tensor
     committed_AL: Tensor
     rollout_id_A: Tensor
+    group_A: Tensor
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
     seed: int
@@ -45,6 +49,7 @@ class State:
     window_AL: Tensor | None = None
     quota: Quota | None = None
     statistics: Statistics | None = None
+    chosen_AL: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
@@ -56,17 +61,24 @@ class State:
             masked_AL=masked_AL,
             exists_AL=torch.ones_like(masked_AL),
             given_AL=~masked_AL,
+            draft_AL=torch.zeros_like(masked_AL),
             step_A=zero_A + step,
             open_A=masked_AL.sum(1),
             offset_A=zero_A,
             born_AL=torch.full_like(canvas_AL, NEVER, dtype=torch.int16),
             committed_AL=torch.full(canvas_AL.shape, torch.nan, device=canvas_AL.device),
             rollout_id_A=torch.arange(len(canvas_AL), device=canvas_AL.device),
+            group_A=torch.arange(len(canvas_AL), device=canvas_AL.device),
             mask_token_id=mask_token_id,
             eos_token_ids=eos_token_ids,
             seed=0,
             step=0,
         )
+
+    @property
+    def stood_AL(self) -> Tensor:
+        """Tokens that the step's call saw and that may be taken back: decided ones, and those of a draft."""
+        return ~self.masked_AL & self.exists_AL & ~self.given_AL
 
     def uniform(self, purpose: str) -> Tensor:
         """Return fp64 uniforms `[A, L]` keyed by (seed, purpose, step, rollout, denoising step, position)."""
@@ -76,10 +88,15 @@ class State:
 
 @dataclass
 class Record:
-    """All rows of a running `denoise`, finished or not, and what is known of every position."""
+    """All rows of a running `denoise`, finished or not, and what is known of every position.
+
+    `draft_BL` are given tokens that may be taken back, `longest_B` the most positions each canvas had so far. What was
+    taken back lies in `retracted` as dense tables a step, until `settle` makes lists of them.
+    """
 
     tokens_BL: Tensor
     source_BL: Tensor
+    draft_BL: Tensor
     born_BL: Tensor
     rank_BL: Tensor
     logprob_BL: Tensor
@@ -87,27 +104,32 @@ class Record:
     steps_B: Tensor
     open_B: Tensor
     length_B: Tensor
+    longest_B: Tensor
     appeared_BL: Tensor
     choice_logprobs: list[Tensor] = field(default_factory=list)
     retracted: list[tuple[Tensor, ...]] = field(default_factory=list)
+    settled: list[tuple[Tensor, ...]] = field(default_factory=list)
     lengths: list[Tensor] = field(default_factory=list)
 
     @staticmethod
-    def start(canvas_BL: Tensor, length_B: Tensor, mask_token_id: int, dtype: torch.dtype) -> Record:
+    def start(canvas_BL: Tensor, draft_BL: Tensor | None, length_B: Tensor, mask_token_id: int) -> Record:
         """Return the record of a canvas on which nothing has been sampled yet."""
         masked_BL = canvas_BL == mask_token_id
+        draft_BL = torch.zeros_like(masked_BL) if draft_BL is None else draft_BL
         empty = torch.full_like(canvas_BL, NEVER, dtype=torch.int16)
         exists_BL = torch.arange(canvas_BL.shape[1], device=canvas_BL.device) < length_B[:, None]
         return Record(
             tokens_BL=canvas_BL.clone(),
             source_BL=torch.where(masked_BL, PAD, GIVEN).to(torch.int8),
+            draft_BL=draft_BL & ~masked_BL,
             born_BL=empty,
             rank_BL=empty.clone(),
             logprob_BL=torch.zeros(canvas_BL.shape, device=canvas_BL.device),
-            committed_BL=torch.full(canvas_BL.shape, torch.nan, dtype=dtype, device=canvas_BL.device),
+            committed_BL=torch.full(canvas_BL.shape, torch.nan, device=canvas_BL.device),
             steps_B=torch.zeros(len(canvas_BL), dtype=torch.long, device=canvas_BL.device),
             open_B=(masked_BL & exists_BL).sum(1),
             length_B=length_B.clone(),
+            longest_B=length_B.clone(),
             appeared_BL=torch.zeros_like(empty),
         )
 
@@ -116,11 +138,13 @@ class Record:
         canvas_AL = self.tokens_BL[alive_A]
         place_L = torch.arange(canvas_AL.shape[1], device=canvas_AL.device)
         exists_AL = place_L < self.length_B[alive_A][:, None]
+        given_AL, draft_AL = self.source_BL[alive_A] == GIVEN, self.draft_BL[alive_A]
         return State(
             canvas_AL=canvas_AL,
             masked_AL=(canvas_AL == more["mask_token_id"]) & exists_AL,
             exists_AL=exists_AL,
-            given_AL=self.source_BL[alive_A] == GIVEN,
+            given_AL=given_AL & ~draft_AL,
+            draft_AL=given_AL & draft_AL,
             step_A=self.steps_B[alive_A],
             open_A=self.open_B[alive_A],
             born_AL=self.born_BL[alive_A],
@@ -128,14 +152,20 @@ class Record:
             **more,
         )
 
-    def retract(self, alive_A: Tensor, taken_AL: Tensor, step_A: Tensor) -> None:
-        """Take back the tokens of `taken_AL`: write down their lifetimes and mask them in the source."""
+    def retract(self, alive_A: Tensor, taken_AL: Tensor, step_A: Tensor, mask_token_id: int) -> None:
+        """Take back the tokens of `taken_AL`: write down their lifetimes and mask them."""
         names = ("tokens_BL", "born_BL", "rank_BL", "logprob_BL")
         self.retracted.append((alive_A, taken_AL, step_A, *(getattr(self, name)[alive_A] for name in names)))
-        for name, empty in (("source_BL", PAD), ("born_BL", NEVER), ("rank_BL", NEVER), ("logprob_BL", 0.0)):
+        for name, empty in (
+            ("tokens_BL", mask_token_id),
+            ("source_BL", PAD),
+            ("born_BL", NEVER),
+            ("rank_BL", NEVER),
+            ("logprob_BL", 0.0),
+            ("committed_BL", torch.nan),
+        ):
             table = getattr(self, name)
             table[alive_A] = table[alive_A].masked_fill(taken_AL, empty)
-        self.committed_BL[alive_A] = self.committed_BL[alive_A].masked_fill(taken_AL, torch.nan)
 
     def write(
         self,
@@ -173,18 +203,27 @@ class Record:
             table = getattr(self, name)
             table[alive_A] = torch.where(edited_AL, value_AL.to(table.dtype), table[alive_A])
 
-    def lifetimes(self) -> Lifetimes | None:
-        """Return the tokens that were taken back, by rollout; None for a sampler that never does."""
-        if not self.retracted:
-            return None
-        parts: list[tuple[Tensor, ...]] = []
+    def settle(self) -> None:
+        """Make lists of what was taken back since the last call; the host looks at the device."""
         for alive_A, taken_AL, step_A, *tables in self.retracted:
             row_R, position_R = taken_AL.nonzero(as_tuple=True)
             token_R, born_R, rank_R, logprob_R = (table[row_R, position_R] for table in tables)
-            parts.append((alive_A[row_R], position_R, token_R, born_R.long(), step_A[row_R], rank_R.long(), logprob_R))
-        joined = [torch.cat(values) for values in zip(*parts, strict=True)]
+            lists = (token_R, born_R.long(), step_A[row_R], rank_R.long(), logprob_R)
+            self.settled.append((alive_A[row_R], position_R, *lists))
+        self.retracted.clear()
+
+    def lifetimes(self) -> Lifetimes:
+        """Return the tokens that were taken back, by rollout."""
+        self.settle()
+        if not self.settled:
+            return Lifetimes.none(self.tokens_BL.device, self.logprob_BL.dtype)
+        joined = [torch.cat(values) for values in zip(*self.settled, strict=True)]
         order_R = torch.argsort(joined[0], stable=True)
         return Lifetimes(*(value[order_R] for value in joined))
+
+    def lengths_by_step(self) -> Tensor:
+        """Return the lengths that the canvases had at each step `[B, S]`."""
+        return torch.stack(self.lengths, dim=1) if self.lengths else self.length_B[:, None][:, :0]
 
     def choices(self) -> Tensor:
         """Return the log-probabilities of the choices `[B, S]`."""

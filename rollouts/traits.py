@@ -15,26 +15,35 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Traits:
-    """`needs`: optional fields of Statistics; `status`: one of STATUSES; `canvas`: statistics of decided tokens too.
+    """What the engine must know of a part.
 
-    `whole`: a transform that must see all rows of a step at once. `learns`: why a status is not exact, for the user.
+    `needs`: optional fields of Statistics; `status`: one of STATUSES; `learns`: why it is not exact, for the user.
+    `canvas`: statistics of decided tokens are wanted too, with `local` those of the schedule's region alone; `shadow`:
+    they are those of a column that does not see the token (`rollouts.shadow`). `everywhere`: statistics of every
+    position that exists. `whole`: a transform that must see all rows of a step at once; `group`: rollouts of a group
+    are not independent. `drops`: a remasking that discards what was drawn in the same step. `history`: decides with
+    noise or memory that only the rollout has, so that a trainer cannot rebuild it.
     """
 
     needs: frozenset[str] = frozenset()
     status: str = "exact"
-    canvas: bool = False
-    whole: bool = False
     learns: str = ""
+    canvas: bool = False
+    local: bool = False
+    shadow: bool = False
+    everywhere: bool = False
+    whole: bool = False
+    group: bool = False
+    drops: bool = False
+    history: bool = False
 
 
-def traits(
-    *, needs: tuple[str, ...] = (), status: str = "exact", canvas: bool = False, whole: bool = False, learns: str = ""
-) -> Callable[[F], F]:
+def traits(*, needs: tuple[str, ...] = (), status: str = "exact", learns: str = "", **flags: bool) -> Callable[[F], F]:
     """Return a decorator that gives a part its traits."""
     assert status in STATUSES
 
     def mark(function: F) -> F:
-        function.traits = Traits(frozenset(needs), status, canvas, whole, learns)  # type: ignore[attr-defined]
+        function.traits = Traits(frozenset(needs), status, learns, **flags)  # type: ignore[attr-defined]
         return function
 
     return mark

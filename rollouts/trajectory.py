@@ -117,6 +117,22 @@ class Trajectory:
         canvas_NL[past.row_R[shown_R], past.position_R[shown_R]] = past.token_R[shown_R]
         return canvas_NL
 
+    def drawn_at(self, row_N: Tensor, step_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `token_NL` (mask id: none) and `rank_NL` (-1) of what step `step_N` of rollout `row_N` drew.
+
+        Tokens that were taken back later are among them.
+        """
+        here_NL = (self.source_BL[row_N] == SAMPLED) & (self.born_BL[row_N] == step_N[:, None])
+        token_NL = torch.where(here_NL, self.tokens_BL[row_N], self.mask_token_id)
+        rank_NL = torch.where(here_NL, self.rank_BL[row_N], NEVER)
+        if self.retracted is not None:
+            past = self.retracted.select(row_N, len(self))
+            here_R = (past.born_R == step_N[past.row_R]) & (past.rank_R >= 0)
+            place = past.row_R[here_R], past.position_R[here_R]
+            token_NL[place] = past.token_R[here_R]
+            rank_NL[place] = past.rank_R[here_R].to(rank_NL.dtype)
+        return token_NL, rank_NL
+
     def exists_before(self, row_N: Tensor, step_N: Tensor) -> Tensor | None:
         """Return `exists_NL`, the positions that the canvas had at a step; None where no length ever changed."""
         if self.length_BS is None or self.appeared_BL is None:

@@ -21,6 +21,12 @@ def onegraph() -> ModuleType:
     return importlib.import_module("onegraph")
 
 
+@pytest.fixture(scope="session")
+def retractions() -> ModuleType:
+    """Every trajectory of a toy whose sampler takes tokens back (tests/retractions.py)."""
+    return importlib.import_module("retractions")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random model that runs in a second (tests/shortrun.py)."""
