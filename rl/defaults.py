@@ -1,9 +1,10 @@
-"""What UnmaskTrainer does where it is told nothing: a sampler and an objective made of the arguments alone."""
+"""What UnmaskTrainer does where it is told nothing: sampler and objective made of its arguments."""
 
 from __future__ import annotations
 
 import math
 
+from ..recipes.registry import RecipeError
 from ..rollouts.sampler import Sampler, build_sampler
 from .config import UnmaskConfig
 from .objective import Objective, build_objective
@@ -29,3 +30,10 @@ def default_objective(args: UnmaskConfig, sampler: Sampler) -> Objective:
     clip = {"name": "ppo_clip", "low": args.epsilon, "high": args.epsilon_high or args.epsilon}
     corrected = {"old": "recompute", "correction": "truncated"} if sampler.mismatch else {}
     return build_objective({**CJ_GRPO, "surrogate": clip, "beta": args.beta, "chunk": args.chunk_size, **corrected})
+
+
+def trainable(sampler: Sampler) -> Sampler:
+    """Return the sampler; RecipeError where its rollouts have no log-probability."""
+    if sampler.refusal is not None:
+        raise RecipeError(f"sampler: {sampler.refusal}; there is no log-probability to train on.")
+    return sampler

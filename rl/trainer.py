@@ -29,7 +29,7 @@ from ..rollouts.worker import RolloutBatch, RolloutWorker
 from . import advantages
 from .checkpoints import PlanKeeper, file_errors, starting_point
 from .config import UnmaskConfig
-from .defaults import default_objective, default_sampler
+from .defaults import default_objective, default_sampler, trainable
 from .distributed import gather_objects, rank, reduce_gradients, world_size
 from .evaluate import evaluate, heldout_rows
 from .finite import require_finite_gradient
@@ -89,9 +89,7 @@ class UnmaskTrainer(Trainer):
         args.max_steps = _steps(args, self.rows)
         _check_group(args.num_generations, advantage)
         sampler = sampler or default_sampler(args)
-        self.sampler = replace(sampler, temperature=args.temperature)
-        if self.sampler.refusal is not None:
-            raise RecipeError(f"sampler: {self.sampler.refusal}; there is no log-probability to train on.")
+        self.sampler = trainable(replace(sampler, temperature=args.temperature))
         self.objective: Objective = objective or default_objective(args, self.sampler)
         self.advantage, self.optim = advantage, optim or {}
         self.worker = RolloutWorker(
@@ -223,8 +221,7 @@ class UnmaskTrainer(Trainer):
             rng=generator(self.args.seed, "estimator", step),
             sampler=self.sampler,
         )
-        if self.sampler.mismatch is not None and self.objective.old == "recompute":
-            self._metrics |= mismatch_by_step(plan)
+        self._metrics |= mismatch_by_step(plan, self.sampler, self.objective.old)
         return plan
 
     def _report(self, batch: RolloutBatch, step: int) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
+import cachetoys
 import pytest
 import torch
+from cachetoys import LENGTHS, Rule, Watched, rollouts
 
 from unmask.recipes.registry import SLOTS
 from unmask.rollouts.trajectory import Trajectory
-
-sys.path.append(str(Path(__file__).parent))
-import cachetoys
-from cachetoys import LENGTHS, Rule, Watched, rollouts
 
 L, SIZE, WIDTH = 24, 8, 12
 POLICIES: dict[str, list[dict[str, int]]] = {
