@@ -78,10 +78,10 @@ def positions(shape: torch.Size, padding_mask_BT: Tensor | None, start_B: Tensor
     return position_BT if start_B is None else position_BT + start_B[:, None]
 
 
-def block_ids(family: Family, position_BT: Tensor, padding_mask_BT: Tensor | None, stored: int) -> Tensor:
+def block_ids(family: Family, position_BT: Tensor, padding_mask_BT: Tensor | None, stored: int = 0) -> Tensor:
     """Return each token's block: of its own position, or of its column where rows are padded to whole blocks.
 
-    `stored` columns lie behind a cache; padded tokens have the block PADDING.
+    `stored` columns precede those at hand.
     """
     length = family.block_length or 1
     block_BT = position_BT // length
@@ -89,6 +89,15 @@ def block_ids(family: Family, position_BT: Tensor, padding_mask_BT: Tensor | Non
         column_T = torch.arange(stored, stored + position_BT.shape[1], device=position_BT.device)
         block_BT = (column_T // length).expand(position_BT.shape)
     return block_BT if padding_mask_BT is None else block_BT.masked_fill(~padding_mask_BT.bool(), PADDING)
+
+
+def places(family: Family, padding_mask_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return position and block of every column as `Denoiser.hidden` counts them; no blocks with full attention."""
+    device = padding_mask_BT.device
+    if family.attention == "full":
+        return torch.arange(padding_mask_BT.shape[1], device=device).expand(padding_mask_BT.shape), None
+    position_BT = positions(padding_mask_BT.shape, padding_mask_BT, None, device)
+    return position_BT, block_ids(family, position_BT, padding_mask_BT)
 
 
 def block_mask(query_BQ: Tensor, key_BK: Tensor) -> Tensor:

@@ -88,14 +88,6 @@ class Denoiser:
         """
         return self._trunk(input_ids_BC, self._attention(mask_B1CK), position_ids_BC, past_key_values=store)
 
-    def places(self, padding_mask_BT: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return position and block of every column `[B, T]` as `hidden` counts them; no blocks with full attention."""
-        if self.family.attention == "full":
-            position_T = torch.arange(padding_mask_BT.shape[1], device=padding_mask_BT.device)
-            return position_T.expand(padding_mask_BT.shape), None
-        position_BT = positions(padding_mask_BT.shape, padding_mask_BT, None, padding_mask_BT.device)
-        return position_BT, block_ids(self.family, position_BT, padding_mask_BT, 0)
-
     def logits(
         self,
         input_ids_BT: Tensor,
@@ -156,7 +148,7 @@ class Denoiser:
     def _doubled(self, noisy_BT: Tensor, clean_BT: Tensor, padding_mask_BT: Tensor | None) -> Tensor:
         """Return the aligned hidden states of x_t in [x_t ; x_0]."""
         position_BT = positions(noisy_BT.shape, padding_mask_BT, None, noisy_BT.device)
-        block_BT = block_ids(self.family, position_BT, padding_mask_BT, 0)
+        block_BT = block_ids(self.family, position_BT, padding_mask_BT)
         both = self._trunk(
             torch.cat([noisy_BT, clean_BT], dim=1), self._attention(doubled_mask(block_BT)), position_BT.repeat(1, 2)
         )
@@ -181,6 +173,9 @@ class Denoiser:
         save_denoiser(self, directory, layout=layout)
 
     def _trunk(self, input_ids_BT: Tensor, mask: Tensor | None, position_BT: Tensor | None, **cached: Any) -> Tensor:
+        if not len(input_ids_BT):
+            # Ranks that share weights take part in every forward, and models want a row.
+            return self._trunk(input_ids_BT.new_zeros(1, input_ids_BT.shape[1]), None, None)[:0]
         # Whether keys are kept is the config's use_cache, which loading switches off; encoders know no such argument.
         trunk, inputs = self.base.base_model, {"input_ids": input_ids_BT, "attention_mask": mask, **cached}
         return self._inside(lambda: trunk(position_ids=position_BT, **inputs).last_hidden_state)

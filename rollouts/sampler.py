@@ -299,6 +299,8 @@ def _check_parts(sampler: Sampler) -> None:
         raise RecipeError("sampler.length: a canvas that changes its length takes no tokens back; drop one of the two.")
     if sampler.length is not None and sampler.cache is not None:
         raise RecipeError("sampler.cache: no cache follows a canvas that changes its length; drop one of the two.")
+    if sampler.shadow and sampler.cache is not None:
+        raise RecipeError("sampler.cache: no cache keeps the columns that do not see themselves; drop one of the two.")
     if sampler.draws_first and not hasattr(bare(sampler.selection), "bar") and sampler.exact:
         name = getattr(bare(sampler.selection), "__name__", "selection")
         raise RecipeError(
