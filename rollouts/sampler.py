@@ -217,8 +217,12 @@ class Sampler:
 
     def width(self, canvas: int) -> int:
         """Return the most positions that a step asks for."""
+        return canvas if self.reach != "window" else self.region_width(canvas)
+
+    def region_width(self, canvas: int) -> int:
+        """Return the most positions that a region of the schedule has."""
         size = knobs_of(self.schedule).get("size")
-        return canvas if size is None or self.reach != "window" else min(size, canvas)
+        return canvas if size is None else min(size, canvas)
 
     def request(self, banned: tuple[int, ...], eos: tuple[int, ...]) -> Request:
         """Return what the statistics pass is asked for."""
@@ -299,6 +303,8 @@ def _check_parts(sampler: Sampler) -> None:
         raise RecipeError("sampler.length: a canvas that changes its length takes no tokens back; drop one of the two.")
     if sampler.length is not None and sampler.cache is not None:
         raise RecipeError("sampler.cache: no cache follows a canvas that changes its length; drop one of the two.")
+    if sampler.shadow and sampler.cache is not None:
+        raise RecipeError("sampler.cache: no cache has the shadow columns of remasking 'verify'; drop one of the two.")
     if sampler.draws_first and not hasattr(bare(sampler.selection), "bar") and sampler.exact:
         name = getattr(bare(sampler.selection), "__name__", "selection")
         raise RecipeError(
