@@ -26,7 +26,7 @@ from .lengths import Resize
 from .measures import Request
 from .schedules import Quota
 from .state import State
-from .traits import STATUSES, Traits, bare, knobs_of, traits_of, wants
+from .traits import STATUSES, Traits, bare, knob_of, knobs_of, traits_of, wants
 
 EOS_RULES = ("stop", "none")
 LINGERING = "lingering"  # where an editing keeps the region of the last step
@@ -208,7 +208,7 @@ class Sampler:
 
     def start_length(self, canvas_BL: Tensor) -> Tensor:
         """Return the number of positions each canvas starts with."""
-        initial = knobs_of(self.length).get("start") if self.length is not None else None
+        initial = None if self.length is None else knob_of(self.length, "start")
         return torch.full_like(canvas_BL[:, 0], min(initial or canvas_BL.shape[1], canvas_BL.shape[1]))
 
     def steps_allowed(self, canvas: int) -> int:

@@ -228,8 +228,8 @@ class Record:
         return Lifetimes(*(value[order_R] for value in joined))
 
     def lengths_by_step(self) -> Tensor:
-        """Return the lengths that the canvases had at each step `[B, S]`."""
-        return torch.stack(self.lengths, dim=1) if self.lengths else self.length_B[:, None][:, :0]
+        """Return the lengths that the canvases had at each step, and at the end `[B, S + 1]`."""
+        return torch.stack([*self.lengths, self.length_B], dim=1)
 
     def choices(self) -> Tensor:
         """Return the log-probabilities of the choices `[B, S]`."""
