@@ -7,18 +7,23 @@ mistaken for knobs.
 
 from . import countdown, formatting, mathematics, sudoku
 from .building import Reward, build_rewards, check_columns
+from .scorer import Scorer, ScoringConfig
 from .scoring import RewardTable, score
-from .verdicts import OUTCOMES, RewardError
+from .verdicts import OUTCOMES, Isolation, RewardError, isolated
 
 __all__ = [
     "OUTCOMES",
+    "Isolation",
     "Reward",
     "RewardError",
     "RewardTable",
+    "Scorer",
+    "ScoringConfig",
     "build_rewards",
     "check_columns",
     "countdown",
     "formatting",
+    "isolated",
     "mathematics",
     "score",
     "sudoku",
