@@ -5,7 +5,7 @@ parameters are the knobs of a recipe and they return the reward function, so tha
 mistaken for knobs.
 """
 
-from . import countdown, formatting, mathematics, sudoku
+from . import countdown, formatting, mathematics, sudoku, verification
 from .building import Reward, build_rewards, check_columns
 from .scorer import Scorer, ScoringConfig
 from .scoring import RewardTable, score
@@ -27,4 +27,5 @@ __all__ = [
     "mathematics",
     "score",
     "sudoku",
+    "verification",
 ]

@@ -54,10 +54,13 @@ def serve() -> None:
 
 
 def _preload(modules: list[str]) -> str | None:
-    """Import modules that workers will need, so that every fork has them; return why one cannot be imported."""
+    """Import `module`, or call `module:function`, so that every fork has it ready; return why that is impossible."""
     try:
         for name in modules:
-            importlib.import_module(name)
+            module, _, function = name.partition(":")
+            imported = importlib.import_module(module)
+            if function:
+                getattr(imported, function)()
     except Exception as error:  # an import runs anything
         return f"{type(error).__name__}: {error}"
     gc.collect()

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from ..recipes.registry import SLOTS
-from .formatting import Extract, extract_answer
+from .extraction import Extract, extract_answer
 from .verdicts import LogExtra, RewardFunction, Verdict, check_share, column_error, report, text_of
 
 _ROWS = [tuple(range(4 * row, 4 * row + 4)) for row in range(4)]
@@ -18,7 +18,7 @@ UNITS = (*_ROWS, *_COLUMNS, *_BOXES)
 
 
 @SLOTS["reward"].register
-def sudoku(*, extract: Extract = "hash", partial: float = 0.0) -> RewardFunction:
+def sudoku(*, extract: Extract = "gsm8k_hash", partial: float = 0.0) -> RewardFunction:
     """1 for 16 digits that keep the clues of column `puzzle` (16 digits, 0 = blank) and obey the rules of 4x4 sudoku.
 
     `extract` says where the answer stands; blanks and line ends inside it are ignored. `partial`, in [0, 1), is
@@ -36,7 +36,7 @@ def sudoku(*, extract: Extract = "hash", partial: float = 0.0) -> RewardFunction
     return sudoku_reward
 
 
-def judge_sudoku(text: str, puzzle: Any, extract: Extract = "hash", partial: float = 0.0) -> Verdict:
+def judge_sudoku(text: str, puzzle: Any, extract: Extract = "gsm8k_hash", partial: float = 0.0) -> Verdict:
     """Judge one completion; raises RewardError when the row's `puzzle` is not a string of 16 digits from 0 to 4."""
     if puzzle is None:
         return Verdict()

@@ -184,7 +184,7 @@ USE = {"truth": False, "isolated": None, "limit_s": None}
 
 def test_a_resolved_recipe_writes_every_knob_and_field_out() -> None:
     data = yaml.safe_load(dump_recipe(base()))
-    assert data["rewards"] == [{**USE, "name": "arithmetic", "weight": 1.0, "extract": "hash"}]
+    assert data["rewards"] == [{**USE, "name": "arithmetic", "weight": 1.0, "extract": "gsm8k_hash", "rules": 1}]
     assert data["rollout"]["sampler"]["schedule"] == {"name": "blocks", "size": 16, "per_step": 2, "steps": None}
     assert data["model"]["lora"]["alpha"] == 8.0
     assert set(data) == set(Recipe.model_fields)
