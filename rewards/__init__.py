@@ -5,7 +5,7 @@ parameters are the knobs of a recipe and they return the reward function, so tha
 mistaken for knobs.
 """
 
-from . import countdown, formatting, mathematics, sudoku, verification
+from . import countdown, formatting, mathematics, programs, sudoku, verification
 from .building import Reward, build_rewards, check_columns
 from .scorer import Scorer, ScoringConfig
 from .scoring import RewardTable, score
@@ -25,6 +25,7 @@ __all__ = [
     "formatting",
     "isolated",
     "mathematics",
+    "programs",
     "score",
     "sudoku",
     "verification",

@@ -14,6 +14,7 @@ FAILURES = ("timeout", "error")
 LIMIT_S = 10.0
 
 LogExtra = Callable[[str, list[Any]], None]
+LogMetric = Callable[[str, float], None]
 RewardFunction = Callable[..., Any]
 
 
