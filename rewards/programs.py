@@ -97,7 +97,7 @@ def plan_of(tests: Any, setup: Any, entry_point: Any) -> Plan:
     elif isinstance(tests, Mapping):
         tests = _paired(tests)
     form = isinstance(tests, list) and tests and isinstance(tests[0], str | dict)
-    if not form or any(type(test) is not type(tests[0]) for test in tests):
+    if not form or any(type(test) is not type(tests[0]) or not test for test in tests):
         rule = "which is neither Python asserts (text, or a list of it) nor a list of {input, output}"
         raise column_error("code", "tests", tests, rule)
     try:
@@ -155,7 +155,7 @@ def judge_program(
 
 
 @SLOTS["reward"].register
-@isolated(limit_s=LIMIT_S)
+@isolated(limit_s=LIMIT_S, preload=("unmask.rewards.sandbox:warm",))
 def code(
     *,
     extract: CodeExtract = "fence",

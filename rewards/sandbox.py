@@ -89,15 +89,28 @@ def command() -> tuple[str, ...]:
     for interpreter in _interpreters():
         line = _line(bubblewrap, interpreter)
         # The sandbox's own interpreter compiles what it will run for every completion.
-        run = subprocess.run([*line, COMPILE, source()], capture_output=True, timeout=60, check=False, **_identity())
+        try:
+            run = subprocess.run(
+                [*line, COMPILE, source()], capture_output=True, timeout=60, check=False, **_identity()
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            reasons.append(f"{interpreter}: {error!s:.200}")
+            continue
         if run.returncode == 0:
             return (*line, LOAD.format(run.stdout.decode()))
         reasons.append(f"{interpreter}: {run.stderr.decode(errors='replace').strip()[:200]}")
     raise SandboxError(
         f"sandbox: bubblewrap does not work here ({'; '.join(reasons) or 'no interpreter was found'}). It needs user "
-        "namespaces (in a container: --security-opt seccomp=unconfined, or --privileged) and an interpreter that "
-        "nobody may read, as /usr/bin/python3; or use `sandbox: remote`."
+        "namespaces (in a container: --security-opt seccomp=unconfined; on Ubuntu: sysctl -w "
+        "kernel.apparmor_restrict_unprivileged_userns=0) and an interpreter that nobody may read, as /usr/bin/python3; "
+        "or use `sandbox: remote`."
     )
+
+
+def warm() -> None:
+    """Try the sandbox in the nursery, so that workers know the command line; where there is none, a worker says so."""
+    with contextlib.suppress(SandboxError):
+        command()
 
 
 def _interpreters() -> Iterator[str]:

@@ -87,7 +87,8 @@ def _decode(data, start, make, depth):
     if letter == "f":
         return float(word), end + 1
     if letter in ("c", "h"):
-        return make(letter, [float(part) for part in word.split(",")] if letter == "c" else int(word)), end + 1
+        real, _, imaginary = word.partition(",")
+        return make(letter, [float(real), float(imaginary)] if letter == "c" else int(word)), end + 1
     count, start = int(word), end + 1
     if not 0 <= count <= len(data) - start:
         raise ValueError("it ends too soon")
