@@ -5,7 +5,7 @@ parameters are the knobs of a recipe and they return the reward function, so tha
 mistaken for knobs.
 """
 
-from . import countdown, formatting, mathematics, programs, sudoku, verification
+from . import countdown, formatting, mathematics, programs, published, sudoku, verification
 from .building import Reward, build_rewards, check_columns
 from .scorer import Scorer, ScoringConfig
 from .scoring import RewardTable, score
@@ -26,6 +26,7 @@ __all__ = [
     "isolated",
     "mathematics",
     "programs",
+    "published",
     "score",
     "sudoku",
     "verification",

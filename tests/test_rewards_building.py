@@ -58,11 +58,14 @@ def test_registered_names_are_factories_with_knobs_and_weight() -> None:
     assert rewards[0].function(completions=["#### 3"], answer=["3"]) == [1.0]
 
 
+REQUIRED = {"soft_length": {"limit": 100}}
+
+
 def test_every_registered_part_is_a_factory_without_trl_arguments() -> None:
     assert {"answer_format", "arithmetic", "countdown", "sudoku"} <= set(SLOTS["reward"])
     for name in SLOTS["reward"]:
         assert not SLOTS["reward"].knobs(name).keys() & TRL_ARGUMENTS and is_factory(SLOTS["reward"].get(name))
-        [reward] = build_rewards([name])
+        [reward] = build_rewards([{"name": name, **REQUIRED.get(name, {})}], allow_code_execution=True)
         assert not is_factory(reward.function)
 
 
