@@ -5,7 +5,7 @@ parameters are the knobs of a recipe and they return the reward function, so tha
 mistaken for knobs.
 """
 
-from . import countdown, formatting, mathematics, programs, published, sudoku, verification
+from . import countdown, formatting, judges, mathematics, programs, published, reasoning, sudoku, verification
 from .building import Reward, build_rewards, check_columns
 from .scorer import Scorer, ScoringConfig
 from .scoring import RewardTable, score
@@ -24,9 +24,11 @@ __all__ = [
     "countdown",
     "formatting",
     "isolated",
+    "judges",
     "mathematics",
     "programs",
     "published",
+    "reasoning",
     "score",
     "sudoku",
     "verification",

@@ -35,8 +35,10 @@ def serve_program(channel):
     limit(task["limits"])
     mute()
     send(channel, {"ready": True})
-    namespace = {"__name__": "program"}
+    namespace = {"__name__": "program" if "inputs" not in task else "__main__"}
+    sys.path.extend(task.get("libraries", []))
     try:
+        exec(compile(task.get("preamble", ""), "<preamble>", "exec"), namespace)
         code = compile(task["program"], "<program>", "exec")
         if "inputs" not in task:
             exec(code, namespace)
@@ -45,7 +47,7 @@ def serve_program(channel):
     send(channel, {"loaded": True})
     if "inputs" in task:
         for text in task["inputs"]:
-            send(channel, run_once(channel, code, text, task["output"], task["seconds"]))
+            send(channel, run_once(code, namespace, text, task["output"], task["seconds"]))
         return None
     objects: list = []
     while True:
@@ -83,8 +85,8 @@ def words(error):
         return "an exception that cannot be printed"
 
 
-def run_once(channel, code, text, most, seconds):
-    """Run `code` with `text` as its standard input and return output, exit status and why it had to be stopped."""
+def run_once(code, namespace, text, most, seconds):
+    """Run `code` in a new process with `text` as its standard input; return output, status and why it stopped."""
     out_read, out_write = os.pipe()
     with open("/tmp/.input", "wb") as file:
         file.write(text.encode("utf-8", "surrogatepass"))
@@ -97,7 +99,7 @@ def run_once(channel, code, text, most, seconds):
             os.closerange(3, 256)
             sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
             sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
-            status = _main(code)
+            status = _main(code, namespace)
         finally:
             os._exit(status)
     os.close(out_write)
@@ -118,9 +120,9 @@ def run_once(channel, code, text, most, seconds):
     return {"output": output[:most].decode("utf-8", "replace"), "status": os.waitpid(process, 0)[1], "cause": cause}
 
 
-def _main(code):
+def _main(code, namespace):
     try:
-        exec(code, {"__name__": "__main__"})
+        exec(code, namespace)
         status = 0
     except SystemExit as end:
         status = 0 if end.code in (None, 0) else 1

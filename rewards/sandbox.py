@@ -61,6 +61,15 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """What a sandbox loads before it runs anything of a model's: code, folders it imports from, seconds it may take."""
+
+    preamble: str
+    libraries: tuple[str, ...]
+    seconds: float = 60.0
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a program gave for one call (tagged data), input (text) or test (True), or why it gave nothing."""
 
@@ -77,8 +86,11 @@ def source() -> str:
 
 
 @functools.cache
-def command() -> tuple[str, ...]:
-    """Return the sandbox's command line up to the role, tried once; SandboxError where it cannot work."""
+def command(libraries: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Return the sandbox's command line up to the role, tried once; SandboxError where it cannot work.
+
+    `libraries` are folders of installed packages that it may read.
+    """
     if sys.platform != "linux":
         raise SandboxError(f"sandbox: bubblewrap needs Linux, this is {sys.platform}; use `sandbox: remote`.")
     beside = Path(sys.executable).with_name("bwrap")
@@ -87,7 +99,7 @@ def command() -> tuple[str, ...]:
         raise SandboxError(f"sandbox: bubblewrap (bwrap) is not installed; {INSTALL}, or use `sandbox: remote`.")
     reasons = []
     for interpreter in _interpreters():
-        line = _line(bubblewrap, interpreter)
+        line = _line(bubblewrap, interpreter, libraries)
         # The sandbox's own interpreter compiles what it will run for every completion.
         try:
             run = subprocess.run(
@@ -120,9 +132,9 @@ def _interpreters() -> Iterator[str]:
             yield path
 
 
-def _line(bubblewrap: str, interpreter: str) -> tuple[str, ...]:
+def _line(bubblewrap: str, interpreter: str, libraries: tuple[str, ...]) -> tuple[str, ...]:
     prefix = str(Path(interpreter).resolve().parent.parent)
-    roots = dict.fromkeys(["/usr", *([] if prefix.startswith("/usr") else [prefix])])
+    roots = dict.fromkeys(["/usr", *([] if prefix.startswith("/usr") else [prefix]), *libraries])
     bound = [part for root in roots for part in ("--ro-bind", root, root)]
     for folder in ("/lib", "/lib32", "/lib64", "/bin"):
         if os.path.islink(folder):
@@ -135,7 +147,7 @@ def _line(bubblewrap: str, interpreter: str) -> tuple[str, ...]:
     small = ["--size", str(DISK)] if "--size" in help_text else []
     return (
         *(bubblewrap, *spaces, *extra, "--die-with-parent", "--new-session", "--hostname", "sandbox"),
-        *(*bound, "--dev", "/dev", *small, "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/"),
+        *("--dev", "/dev", *small, "--tmpfs", "/tmp", *bound, "--remount-ro", "/dev", "--remount-ro", "/"),
         *("--chdir", "/tmp", "--", interpreter, "-I", "-S", "-B", "-c"),
     )
 
@@ -147,7 +159,7 @@ def _identity() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _running(*roles: tuple[str, Sequence[socket.socket]]) -> Iterator[None]:
+def _running(*roles: tuple[str, Sequence[socket.socket]], libraries: tuple[str, ...] = ()) -> Iterator[None]:
     """Run a sandbox for every (role, sockets); when this ends, all of them and all they started are dead."""
     processes = []
     try:
@@ -155,7 +167,7 @@ def _running(*roles: tuple[str, Sequence[socket.socket]]) -> Iterator[None]:
             numbers = [end.fileno() for end in sockets]
             processes.append(
                 subprocess.Popen(
-                    [*command(), role, *map(str, numbers)],
+                    [*command(libraries), role, *map(str, numbers)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
@@ -222,19 +234,26 @@ def _raised(reply: Mapping[str, Any]) -> str:
     return str(raised[1][-1])[:300] if isinstance(raised, tuple) and raised[1] else "no answer"
 
 
-def run_inputs(program: str, inputs: Sequence[str], limits: Limits) -> list[Answer]:
-    """Return what the program prints for each standard input, in a process of its own each."""
+def run_inputs(program: str, inputs: Sequence[str], limits: Limits, loading: Loading | None = None) -> list[Answer]:
+    """Return what the program prints for each standard input, in a process of its own each.
+
+    With `loading`, a preamble that is no model's is run once before, and every input has `limits.seconds` of its own.
+    """
     ours, theirs = socket.socketpair()
     answers: list[Answer] = []
-    task = {"program": program, "limits": limits.resources(), "inputs": list(inputs)}
-    with ours, theirs, _running(("program", [theirs])):
-        _begin(ours, {**task, "output": limits.output_kb << 10, "seconds": limits.seconds})
-        deadline = time.monotonic() + limits.seconds
+    libraries = loading.libraries if loading else ()
+    task: dict[str, Any] = {"program": program, "limits": limits.resources(), "inputs": list(inputs)}
+    task |= {"output": limits.output_kb << 10, "seconds": limits.seconds, "libraries": list(libraries)}
+    task["preamble"] = loading.preamble if loading else ""
+    with ours, theirs, _running(("program", [theirs]), libraries=libraries):
+        _begin(ours, task)
+        deadline = time.monotonic() + (loading.seconds if loading else limits.seconds)
         try:
             loaded = _receive(ours, deadline)
             if "failed" in loaded:
                 return [Answer(cause=str(loaded["failed"])[:300])] * len(inputs)
             for _ in inputs:
+                deadline = time.monotonic() + limits.seconds + 1.0 if loading else deadline
                 reply = _receive(ours, deadline)
                 status, cause = reply.get("status"), reply.get("cause")
                 ended = None if status == 0 else f"ended with status {status}"

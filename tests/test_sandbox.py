@@ -198,7 +198,7 @@ def test_no_bubblewrap_is_a_loud_stop(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_sandbox
 def test_a_sandbox_that_does_not_start_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     line = list(sandbox.command())
-    monkeypatch.setattr(sandbox, "command", lambda: ("/bin/false", *line[1:]))
+    monkeypatch.setattr(sandbox, "command", lambda libraries=(): ("/bin/false", *line[1:]))
     for form in FORMS:
         with pytest.raises(sandbox.SandboxFailure, match="did not start"):
             score_of(SOLUTION, form)
