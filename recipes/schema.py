@@ -146,6 +146,33 @@ class RewardEntry(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
     name: str = Field(min_length=1, description="reward, or `package.module:function` with TRL's signature")
     weight: float = Field(1.0, description="factor in the total; 0 logs the reward without training on it")
+    truth: bool = Field(False, description="a measure that is logged as truth/NAME and never trained on")
+    isolated: bool | None = Field(None, description="judge rows in killable processes; null: as the reward is marked")
+    limit_s: float | None = Field(None, gt=0, description="isolated: seconds for one completion; null: the reward's")
+
+    @model_validator(mode="after")
+    def _truth(self) -> RewardEntry:
+        if self.truth and "weight" not in self.model_fields_set:
+            self.weight = 0.0
+        return self
+
+
+class LimitsSection(Section):
+    """The largest shares of a reward's last 1024 verdicts; above one of them the run stops with the cause."""
+
+    timeout: float = Field(0.05, ge=0, le=1, description="verdicts that did not come in time, twice")
+    error: float = Field(0.05, ge=0, le=1, description="verdicts that failed, twice")
+    unparsable: float = Field(1.0, ge=0, le=1, description="completions without an answer; 1: never stops")
+
+
+class ScoringSection(Section):
+    """How rewards are computed."""
+
+    workers: Int = Field(0, ge=0, description="processes for isolated rewards; 0: one a core, shared by the ranks")
+    memory_mb: Int = Field(2048, ge=64, description="memory of one of them")
+    limits: LimitsSection = Field(
+        default_factory=lambda: LimitsSection.model_validate({}), description="failures that stop a run"
+    )
 
 
 class CorrectionSection(Section):
@@ -234,6 +261,10 @@ class Recipe(Section):
     rewards: list[Annotated[RewardEntry, InSlot("reward"), BeforeValidator(named)]] = Field(
         min_length=1, description="rewards and their weights"
     )
+    scoring: ScoringSection = Field(
+        default_factory=lambda: ScoringSection.model_validate({}), description="pool and limits of the rewards"
+    )
+    allow_code_execution: bool = Field(False, description="rewards may run model-written code in a sandbox")
     method: str | None = Field(None, description="row of methods.yaml that fills `objective` (unmask methods)")
     objective: ObjectiveSection = Field(description="the objective; wins over the method's row")
     optim: OptimSection = Field(description="optimizer")
@@ -318,6 +349,7 @@ class SftRecipe(Section):
     tasks: list[SftTask] = Field(min_length=1, description="mixture of tasks")
     sft: SftSection = Field(default_factory=lambda: SftSection.model_validate({}), description="loss and batches")
     optim: OptimSection = Field(description="optimizer")
+    allow_code_execution: bool = Field(False, description="rewards may run model-written code in a sandbox")
     evaluation: SftEvaluationSection = Field(
         default_factory=lambda: SftEvaluationSection.model_validate({}), description="held-out evaluation"
     )

@@ -29,8 +29,9 @@ def console() -> Console:
 
 
 def words(choice: dict[str, Any]) -> str:
-    """Return a part and its knobs as `name(knob=value, ...)`, without knobs that are null."""
-    knobs = [f"{key}={value}" for key, value in choice.items() if key not in ("name", "weight") and value is not None]
+    """Return a part and its knobs as `name(knob=value, ...)`, without knobs that are null or say nothing."""
+    hidden = {"name", "weight"} | ({"truth"} if choice.get("truth") is False else set())
+    knobs = [f"{key}={value}" for key, value in choice.items() if key not in hidden and value is not None]
     return f"{choice['name']}({', '.join(knobs)})" if knobs else str(choice["name"])
 
 

@@ -179,9 +179,12 @@ def test_shipped_recipes_have_data_with_the_columns_their_rewards_need(name: str
     assert row["prompt"] and row["reference"]
 
 
+USE = {"truth": False, "isolated": None, "limit_s": None}
+
+
 def test_a_resolved_recipe_writes_every_knob_and_field_out() -> None:
     data = yaml.safe_load(dump_recipe(base()))
-    assert data["rewards"] == [{"name": "arithmetic", "weight": 1.0, "extract": "hash"}]
+    assert data["rewards"] == [{**USE, "name": "arithmetic", "weight": 1.0, "extract": "gsm8k_hash", "rules": 1}]
     assert data["rollout"]["sampler"]["schedule"] == {"name": "blocks", "size": 16, "per_step": 2, "steps": None}
     assert data["model"]["lora"]["alpha"] == 8.0
     assert set(data) == set(Recipe.model_fields)
