@@ -222,7 +222,10 @@ class _Run:
         """Call the denoiser; return the logits of the asked positions, these positions, and their statistics."""
         sampler, (rows_A, length) = self.sampler, state.canvas_AL.shape
         asked_AL = asked_positions(sampler.reach, state, live_A)
-        flat_K = positions_of(asked_AL, sampler.width(length) if self.static else None)
+        # All rows that are live at the last allowed step take it together, and it opens the whole canvas.
+        last = self.forward.calls >= sampler.steps_allowed(length) - 1
+        width = length if last else sampler.width(length)
+        flat_K = positions_of(asked_AL, width if self.static else None)
         safe_K = flat_K.clamp(max=rows_A * length - 1)
         rows = sampler.transformed(self.forward(state, self.alive_A, asked_AL, safe_K), state, safe_K)
         uniform_K = state.uniform("draw").view(-1)[safe_K]

@@ -168,20 +168,20 @@ def cross_blocks(
     step_B: Tensor,
     open_B: Tensor,
     *,
-    block: int,
-    ahead: int = 1,
+    size: int,
+    ahead: int,
     per_step: int = 1,
     state: State | None = None,
 ) -> Quota:
-    """Blocks from left to right, with the `ahead` next ones open as well; `per_step` positions a step.
+    """Blocks of `size` from left to right, with the `ahead` next ones open as well; `per_step` positions a step.
 
     Cross-block decoding: what is confident behind an unfinished block need not wait for it.
     """
-    check_blocks(masked_BL.shape[1], size=block, per_step=per_step, steps=None)
+    check_blocks(masked_BL.shape[1], size=size, per_step=per_step, steps=None)
     if ahead < 0:
         raise RecipeError(f"schedule.ahead: {ahead} must be at least 0.")
-    first_BL = first_block(masked_BL, block, state)
-    wide_B1L = torch.nn.functional.pad(first_BL[:, None].float(), (ahead * block, 0))
-    region_BL = torch.nn.functional.max_pool1d(wide_B1L, ahead * block + 1, stride=1)[:, 0] > 0
+    first_BL = first_block(masked_BL, size, state)
+    wide_B1L = torch.nn.functional.pad(first_BL[:, None].float(), (ahead * size, 0))
+    region_BL = torch.nn.functional.max_pool1d(wide_B1L, ahead * size + 1, stride=1)[:, 0] > 0
     window_BL = masked_BL & region_BL
     return Quota(window_BL, window_BL.sum(1).clamp(max=per_step), region_BL)

@@ -217,8 +217,10 @@ class Sampler:
 
     def width(self, canvas: int) -> int:
         """Return the most positions that a step asks for."""
-        size = knobs_of(self.schedule).get("size")
-        return canvas if size is None or self.reach != "window" else min(size, canvas)
+        knobs = knobs_of(self.schedule)
+        if "size" not in knobs or self.reach != "window":
+            return canvas
+        return min(knobs["size"] * (1 + knobs.get("ahead", 0)), canvas)
 
     def request(self, banned: tuple[int, ...], eos: tuple[int, ...]) -> Request:
         """Return what the statistics pass is asked for."""
