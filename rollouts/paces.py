@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -83,9 +85,7 @@ def origin(
 
 
 @schedule.register
-def ascending(
-    masked_BL: Tensor, step_B: Tensor, open_B: Tensor, *, blocks: int = 1, state: State | None = None
-) -> Quota:
+def ascending(masked_BL: Tensor, step_B: Tensor, open_B: Tensor, *, blocks: int = 1) -> Quota:
     """ASS: step i commits 2^i positions, and the last of floor(log2 L) steps what is left (CJ-GRPO, section 4).
 
     With `blocks` b the last b - 1 steps fill a block each, from left to right, of 2^i positions and the last of what is
@@ -138,14 +138,15 @@ def dilated(
     region_BL = first_block(masked_BL, size, state)
     place_L = torch.arange(masked_BL.shape[1], device=masked_BL.device)
     offset_B = torch.zeros_like(open_B) if state is None else state.offset_A
-    round_BL = _rounds(size, base).to(masked_BL.device)[(place_L + offset_B[:, None]) % size]
+    round_BL = _rounds(size, base, masked_BL.device)[(place_L + offset_B[:, None]) % size]
     open_BL = masked_BL & region_BL
     next_B1 = torch.where(open_BL, round_BL, size).amin(dim=1, keepdim=True)
     window_BL = open_BL & (round_BL == next_B1)
     return Quota(window_BL, window_BL.sum(1), region_BL)
 
 
-def _rounds(size: int, base: int) -> Tensor:
+@cache
+def _rounds(size: int, base: int, device: torch.device) -> Tensor:
     """Return the round in which each position of a block is opened."""
     rounds: list[list[int]] = []
     stride, rest = size // base, list(range(size))
@@ -159,7 +160,7 @@ def _rounds(size: int, base: int) -> Tensor:
     table = torch.empty(size, dtype=torch.long)
     for number, positions in enumerate(rounds):
         table[positions] = number
-    return table
+    return table.to(device)
 
 
 @schedule.register
