@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .layout import Family
+
 PADDING = 1 << 30  # the block of padded tokens: later than all others, so that nothing else sees them
 
 
@@ -74,6 +76,28 @@ def positions(shape: torch.Size, padding_mask_BT: Tensor | None, start_B: Tensor
     else:
         position_BT = (padding_mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)
     return position_BT if start_B is None else position_BT + start_B[:, None]
+
+
+def block_ids(family: Family, position_BT: Tensor, padding_mask_BT: Tensor | None, stored: int = 0) -> Tensor:
+    """Return each token's block: of its own position, or of its column where rows are padded to whole blocks.
+
+    `stored` columns precede those at hand.
+    """
+    length = family.block_length or 1
+    block_BT = position_BT // length
+    if family.alignment == "left_pad_to_block":
+        column_T = torch.arange(stored, stored + position_BT.shape[1], device=position_BT.device)
+        block_BT = (column_T // length).expand(position_BT.shape)
+    return block_BT if padding_mask_BT is None else block_BT.masked_fill(~padding_mask_BT.bool(), PADDING)
+
+
+def places(family: Family, padding_mask_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return position and block of every column as `Denoiser.hidden` counts them; no blocks with full attention."""
+    device = padding_mask_BT.device
+    if family.attention == "full":
+        return torch.arange(padding_mask_BT.shape[1], device=device).expand(padding_mask_BT.shape), None
+    position_BT = positions(padding_mask_BT.shape, padding_mask_BT, None, device)
+    return position_BT, block_ids(family, position_BT, padding_mask_BT)
 
 
 def block_mask(query_BQ: Tensor, key_BK: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .blocks import PADDING, BlockCache, additive, block_mask, doubled_mask, positions
+from .blocks import BlockCache, additive, block_ids, block_mask, doubled_mask, positions
 from .layout import CheckpointError, Family
 from .store import Store
 
@@ -55,12 +55,17 @@ class Denoiser:
         cache: BlockCache | None = None,
         commit: bool | int = False,
         store: Store | None = None,
+        attention_BTT: Tensor | None = None,
     ) -> Tensor:
         """Return the trunk's last hidden states `[B, T, D]`, aligned; arguments as `logits`.
 
-        A `store` takes the keys and values of whole rows on the way; it changes nothing.
+        A `store` takes the keys and values of whole rows on the way; it changes nothing. With a mask of the caller's,
+        `attention_BTT` (true where a query may attend), rows are the raw model's: where the family shifts logits, that
+        of column i - 1 scores the token at i.
         """
         kept = {} if store is None else {"past_key_values": store}
+        if attention_BTT is not None:
+            return self._trunk(input_ids_BT, self._attention(attention_BTT[:, None]), position_ids_BT)
         if self.family.attention == "full":
             if cache is not None or commit:
                 raise CheckpointError(f"cache: family '{self.family.name}' attends to the whole canvas; none is exact.")
@@ -74,7 +79,7 @@ class Denoiser:
         if position_BT is None:
             position_BT = positions(input_ids_BT.shape, padding_mask_BT, start_B, input_ids_BT.device)
         stored = 0 if cache is None else len(cache)
-        block_BT = self._blocks(position_BT, padding_mask_BT, stored)
+        block_BT = block_ids(self.family, position_BT, padding_mask_BT, stored)
         if cache is None:
             mask = block_mask(block_BT, block_BT)
             return self._aligned(self._trunk(input_ids_BT, self._attention(mask), position_BT, **kept))
@@ -87,14 +92,6 @@ class Denoiser:
         column i - 1 scores the token at i.
         """
         return self._trunk(input_ids_BC, self._attention(mask_B1CK), position_ids_BC, past_key_values=store)
-
-    def places(self, padding_mask_BT: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return position and block of every column `[B, T]` as `hidden` counts them; no blocks with full attention."""
-        if self.family.attention == "full":
-            position_T = torch.arange(padding_mask_BT.shape[1], device=padding_mask_BT.device)
-            return position_T.expand(padding_mask_BT.shape), None
-        position_BT = positions(padding_mask_BT.shape, padding_mask_BT, None, padding_mask_BT.device)
-        return position_BT, self._blocks(position_BT, padding_mask_BT, 0)
 
     def logits(
         self,
@@ -156,7 +153,7 @@ class Denoiser:
     def _doubled(self, noisy_BT: Tensor, clean_BT: Tensor, padding_mask_BT: Tensor | None) -> Tensor:
         """Return the aligned hidden states of x_t in [x_t ; x_0]."""
         position_BT = positions(noisy_BT.shape, padding_mask_BT, None, noisy_BT.device)
-        block_BT = self._blocks(position_BT, padding_mask_BT, 0)
+        block_BT = block_ids(self.family, position_BT, padding_mask_BT)
         both = self._trunk(
             torch.cat([noisy_BT, clean_BT], dim=1), self._attention(doubled_mask(block_BT)), position_BT.repeat(1, 2)
         )
@@ -181,22 +178,16 @@ class Denoiser:
         save_denoiser(self, directory, layout=layout)
 
     def _trunk(self, input_ids_BT: Tensor, mask: Tensor | None, position_BT: Tensor | None, **cached: Any) -> Tensor:
+        if not len(input_ids_BT):
+            # Ranks that share weights take part in every forward, and models want a row.
+            return self._trunk(input_ids_BT.new_zeros(1, input_ids_BT.shape[1]), None, None)[:0]
         # Whether keys are kept is the config's use_cache, which loading switches off; encoders know no such argument.
         trunk, inputs = self.base.base_model, {"input_ids": input_ids_BT, "attention_mask": mask, **cached}
         return self._inside(lambda: trunk(position_ids=position_BT, **inputs).last_hidden_state)
 
-    def _blocks(self, position_BT: Tensor, padding_mask_BT: Tensor | None, stored: int) -> Tensor:
-        """Return each token's block: of its own position, or of its column where rows are padded to whole blocks."""
-        block_BT = position_BT // (self.family.block_length or 1)
-        if self.family.alignment == "left_pad_to_block":
-            column_T = torch.arange(stored, stored + position_BT.shape[1], device=position_BT.device)
-            block_BT = (column_T // (self.family.block_length or 1)).expand(position_BT.shape)
-        return block_BT if padding_mask_BT is None else block_BT.masked_fill(~padding_mask_BT.bool(), PADDING)
-
     def _attention(self, mask: Tensor) -> Tensor:
-        if self.base.config._attn_implementation == "eager":
-            return additive(mask, next(self.model.parameters()).dtype)
-        return mask
+        eager = self.base.config._attn_implementation == "eager"
+        return additive(mask, next(self.model.parameters()).dtype) if eager else mask
 
     def _cached(
         self,

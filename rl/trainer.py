@@ -24,16 +24,17 @@ from ..recipes.registry import RecipeError
 from ..recipes.tasks import Row, Rows, Stored
 from ..rewards import Reward, RewardTable, build_rewards, check_columns, score
 from ..rollouts.noise import generator
-from ..rollouts.sampler import Sampler, build_sampler
+from ..rollouts.sampler import Sampler
 from ..rollouts.worker import RolloutBatch, RolloutWorker
 from . import advantages
 from .checkpoints import PlanKeeper, file_errors, starting_point
 from .config import UnmaskConfig
+from .defaults import default_objective, default_sampler, trainable
 from .distributed import gather_objects, rank, reduce_gradients, world_size
 from .evaluate import evaluate, heldout_rows
 from .finite import require_finite_gradient
 from .mismatch import mismatch_by_step
-from .objective import Objective, build_objective
+from .objective import Objective
 from .optimizers import build_optimizer
 from .plan import Plan
 from .progress import Progress
@@ -48,14 +49,6 @@ from .sharding import (
     shard_for_training,
     whole,
 )
-
-CJ_GRPO = {
-    "estimator": "trace",
-    "unit": "token",
-    "surrogate": "ppo_clip",
-    "weight": "per_step_mean",
-    "divergence": "k3",
-}
 
 
 class UnmaskTrainer(Trainer):
@@ -96,9 +89,7 @@ class UnmaskTrainer(Trainer):
         args.max_steps = _steps(args, self.rows)
         _check_group(args.num_generations, advantage)
         sampler = sampler or default_sampler(args)
-        self.sampler = replace(sampler, temperature=args.temperature)
-        if self.sampler.refusal is not None:
-            raise RecipeError(f"sampler: {self.sampler.refusal}; there is no log-probability to train on.")
+        self.sampler = trainable(replace(sampler, temperature=args.temperature))
         self.objective: Objective = objective or default_objective(args, self.sampler)
         self.advantage, self.optim = advantage, optim or {}
         self.worker = RolloutWorker(
@@ -230,8 +221,7 @@ class UnmaskTrainer(Trainer):
             rng=generator(self.args.seed, "estimator", step),
             sampler=self.sampler,
         )
-        if self.sampler.mismatch is not None and self.objective.old == "recompute":
-            self._metrics |= mismatch_by_step(plan)
+        self._metrics |= mismatch_by_step(plan, self.sampler, self.objective.old)
         return plan
 
     def _report(self, batch: RolloutBatch, step: int) -> None:
@@ -250,12 +240,8 @@ class UnmaskTrainer(Trainer):
             rows = heldout_rows(_as_rows(eval_dataset, self.args.seed, "eval_dataset"), self.args.eval_problems)
         with whole(self.denoiser):
             result = evaluate(self.eval_worker, rows or [])
-        values = {name: value for name, value in result.as_dict().items() if isinstance(value, int | float)}
-        clocks = ("wall_s", "tokens_per_s")
-        prefix = metric_key_prefix
-        self.log({f"time/{prefix}_{k}" if k in clocks else f"{prefix}/{k}": v for k, v in values.items()})
-        # Callbacks and best-model selection look for the prefix that Trainer uses.
-        metrics = {f"{prefix}_{name}": value for name, value in values.items()}
+        logged, metrics = result.metrics(metric_key_prefix)
+        self.log(logged)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -290,20 +276,6 @@ def _check_shares(args: UnmaskConfig) -> None:
             f"num_prompts: {args.num_prompts} prompts cannot be shared evenly by {world_size()} processes (a group "
             f"stays on one); use a multiple of {world_size()}."
         )
-
-
-def default_sampler(args: UnmaskConfig) -> Sampler:
-    """Return the sampler used when none is given: blocks of (at most) 32, two tokens a step, by confidence."""
-    size = math.gcd(args.max_completion_length, 32)
-    section = {"schedule": {"name": "blocks", "size": size, "per_step": min(2, size)}}
-    return build_sampler(section, temperature=args.temperature)
-
-
-def default_objective(args: UnmaskConfig, sampler: Sampler) -> Objective:
-    """Return CJ-GRPO with the arguments' clip range, beta and chunk, corrected where the sampler's draws need it."""
-    clip = {"name": "ppo_clip", "low": args.epsilon, "high": args.epsilon_high or args.epsilon}
-    corrected = {"old": "recompute", "correction": "truncated"} if sampler.mismatch else {}
-    return build_objective({**CJ_GRPO, "surrogate": clip, "beta": args.beta, "chunk": args.chunk_size, **corrected})
 
 
 def _rewards(functions: Any, weights: list[float] | None) -> list[Reward]:
