@@ -55,12 +55,17 @@ class Denoiser:
         cache: BlockCache | None = None,
         commit: bool | int = False,
         store: Store | None = None,
+        attention_BTT: Tensor | None = None,
     ) -> Tensor:
         """Return the trunk's last hidden states `[B, T, D]`, aligned; arguments as `logits`.
 
-        A `store` takes the keys and values of whole rows on the way; it changes nothing.
+        A `store` takes the keys and values of whole rows on the way; it changes nothing. With a mask of the caller's,
+        `attention_BTT` (true where a query may attend), rows are the raw model's: where the family shifts logits, that
+        of column i - 1 scores the token at i.
         """
         kept = {} if store is None else {"past_key_values": store}
+        if attention_BTT is not None:
+            return self._trunk(input_ids_BT, self._attention(attention_BTT[:, None]), position_ids_BT)
         if self.family.attention == "full":
             if cache is not None or commit:
                 raise CheckpointError(f"cache: family '{self.family.name}' attends to the whole canvas; none is exact.")
@@ -181,9 +186,8 @@ class Denoiser:
         return self._inside(lambda: trunk(position_ids=position_BT, **inputs).last_hidden_state)
 
     def _attention(self, mask: Tensor) -> Tensor:
-        if self.base.config._attn_implementation == "eager":
-            return additive(mask, next(self.model.parameters()).dtype)
-        return mask
+        eager = self.base.config._attn_implementation == "eager"
+        return additive(mask, next(self.model.parameters()).dtype) if eager else mask
 
     def _cached(
         self,

@@ -120,7 +120,9 @@ def on_meta(recipe: Recipe, vendor: dict[str, Any], attention: str = COUNTED) ->
     layout = find_layout(vendor, section.family)
     check_config(vendor, layout)
     config = stock_config(layout, vendor)
-    config._attn_implementation, config._experts_implementation = attention, COUNTED
+    config._attn_implementation = attention
+    if attention == COUNTED:
+        config._experts_implementation = COUNTED
     with torch.device("meta"):
         model = stock_classes(layout, vendor)[1](config).to(getattr(torch, section.dtype))
     if section.quantization:

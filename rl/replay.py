@@ -47,7 +47,7 @@ def replay(denoiser: LogitSource, views: Views) -> Scores:
         trajectory.prompt_mask_BQ[row_N],
         views.canvas(),
         asked_NL,
-        trajectory.exists_before(row_N, views.step_N),
+        views.exists(),
     )
     # Without choices every row is a scored one, and a copy of K x V numbers is saved.
     logits_KV = logits_WV if views.sampler is None else logits_WV[scored_NL[asked_NL]]
@@ -66,7 +66,7 @@ def _choices(views: Views, logits_WV: Tensor, window_NL: Tensor) -> Tensor:
     assert sampler is not None
     banned = trajectory.banned_token_ids
     # All tokens of the step set the bar, also those behind an EOS, which are no actions.
-    token_NL, rank_NL = trajectory.drawn_at(views.row_N, views.step_N)
+    token_NL, rank_NL = map(views.seen, trajectory.drawn_at(views.row_N, views.step_N))
     chosen_NL, rank_NL = token_NL != trajectory.mask_token_id, rank_NL.long()
     state = views.state()
     # The drawn tokens stand where they were drawn; elsewhere the score is not read.

@@ -240,12 +240,8 @@ class UnmaskTrainer(Trainer):
             rows = heldout_rows(_as_rows(eval_dataset, self.args.seed, "eval_dataset"), self.args.eval_problems)
         with whole(self.denoiser):
             result = evaluate(self.eval_worker, rows or [])
-        values = {name: value for name, value in result.as_dict().items() if isinstance(value, int | float)}
-        clocks = ("wall_s", "tokens_per_s")
-        prefix = metric_key_prefix
-        self.log({f"time/{prefix}_{k}" if k in clocks else f"{prefix}/{k}": v for k, v in values.items()})
-        # Callbacks and best-model selection look for the prefix that Trainer uses.
-        metrics = {f"{prefix}_{name}": value for name, value in values.items()}
+        logged, metrics = result.metrics(metric_key_prefix)
+        self.log(logged)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

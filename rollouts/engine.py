@@ -17,6 +17,7 @@ from .measures import Statistics, measure_rows
 from .ranking import rank
 from .revisions import commit
 from .sampler import Sampler
+from .shadow import check_shadow
 from .state import Record, State
 from .trajectory import Trajectory
 
@@ -117,6 +118,8 @@ class _Run:
         """Return a run that has not called the denoiser yet."""
         family, device = denoiser.family, canvas_BL.device
         check_cache(sampler.cache, denoiser)
+        if sampler.shadow:
+            check_shadow(denoiser)
         forward = Forward(
             denoiser,
             prompt_BQ,
@@ -125,6 +128,7 @@ class _Run:
             guidance=sampler.guidance,
             shared_B=shared_rows(prompt_BQ, canvas_BL, group_B),
             cached=None if sampler.cache is None else Cached(denoiser, sampler.cache),
+            shadow=sampler.region_width(canvas_BL.shape[1]) if sampler.shadow else 0,
         )
         length_B = sampler.start_length(canvas_BL)
         record = Record.start(canvas_BL, draft_BL, length_B, family.mask_token_id)

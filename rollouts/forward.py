@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .columns import Cached
+from .shadow import shadowed
 from .state import State
 
 
@@ -73,6 +74,7 @@ class Forward:
     `guidance` g > 0 adds a second call with the prompt masked: l = l_without + (1 + g)(l_with - l_without)
     (unsupervised classifier-free guidance, Nie et al. 2024, SMDM). `shared_B` points each row at the row whose first
     call serves it; None where prompts or canvases of a group differ. `cached` keeps keys and values between calls.
+    `shadow` > 0: decided tokens of the schedule's region, at most so many, are predicted by shadow columns.
     """
 
     denoiser: LogitSource
@@ -82,6 +84,7 @@ class Forward:
     guidance: float = 0.0
     shared_B: Tensor | None = None
     cached: Cached | None = None
+    shadow: int = 0
     calls: int = 0
 
     def __post_init__(self) -> None:
@@ -108,7 +111,7 @@ class Forward:
             found = self.cached(state, prompts, mask_AQ, asked_AL, flat_K, lead_A)
             predicted = [self._headed(features_KD) for features_KD in found]
         else:
-            predicted = [self._rows(p, alive_A, state.canvas_AL, exists_AL, flat_K, first) for p in prompts]
+            predicted = [self._rows(p, alive_A, state, exists_AL, flat_K, first) for p in prompts]
         if self.guidance == 0:
             return predicted[0]
         rows, free = predicted
@@ -133,13 +136,13 @@ class Forward:
         self,
         prompt_AQ: Tensor,
         alive_A: Tensor,
-        canvas_AL: Tensor,
+        state: State,
         exists_AL: Tensor | None,
         flat_K: Tensor,
         first_B: Tensor | None,
     ) -> Rows:
-        mask_AQ, length = self.prompt_mask_BQ[alive_A], canvas_AL.shape[1]
-        denoiser: Any = self.denoiser
+        mask_AQ, canvas_AL = self.prompt_mask_BQ[alive_A], state.canvas_AL
+        denoiser, length = self.denoiser, canvas_AL.shape[1]
         if not hasattr(denoiser, "hidden"):
             positions_AL = torch.zeros_like(canvas_AL, dtype=torch.bool).view(-1).index_fill(0, flat_K, True)
             asked_AL = positions_AL.view(canvas_AL.shape)
@@ -148,17 +151,28 @@ class Forward:
             # Padding of static shapes repeats a position. The indexing copies: transforms and statistics overwrite.
             index_K = (asked_AL.view(-1).cumsum(0) - 1)[flat_K]
             return Rows(lambda start, stop: logits_KV[index_K[start:stop]], logits_KV.shape[1])
-        if first_B is not None:
-            lead_A, index_A = torch.unique(first_B[alive_A], return_inverse=True)
-            chosen = torch.searchsorted(alive_A, lead_A)
-            ids, options = _inputs(prompt_AQ[chosen], mask_AQ[chosen], canvas_AL[chosen], None, self.padded)
-            hidden = denoiser.hidden(ids, **options)[:, -length:]
-            row_K, place_K = index_A[flat_K // length], flat_K % length
-            features_KD = hidden[row_K, place_K]
-        else:
-            ids, options = _inputs(prompt_AQ, mask_AQ, canvas_AL, exists_AL, self.padded)
-            features_KD = denoiser.hidden(ids, **options)[:, -length:].flatten(0, 1)[flat_K]
-        return self._headed(features_KD)
+        if first_B is None:
+            hidden_ALD = self._hidden(prompt_AQ, mask_AQ, state, exists_AL)
+            return self._headed(hidden_ALD.flatten(0, 1)[flat_K])
+        lead_A, index_A = torch.unique(first_B[alive_A], return_inverse=True)
+        lead_R = torch.searchsorted(alive_A, lead_A)
+        hidden_RLD = self._hidden(prompt_AQ, mask_AQ, state, None, lead_R)
+        return self._headed(hidden_RLD[index_A[flat_K // length], flat_K % length])
+
+    def _hidden(
+        self, prompt_AQ: Tensor, mask_AQ: Tensor, state: State, exists_AL: Tensor | None, row_R: Tensor | None = None
+    ) -> Tensor:
+        """Return the canvases' hidden states `[R, L, D]`, of all live rows or of some."""
+        kept = slice(None) if row_R is None else row_R
+        denoiser: Any = self.denoiser
+        canvas_RL = state.canvas_AL[kept]
+        ids, options = _inputs(prompt_AQ[kept], mask_AQ[kept], canvas_RL, exists_AL, self.padded)
+        if not self.shadow:
+            return denoiser.hidden(ids, **options)[:, -canvas_RL.shape[1] :]
+        assert state.quota is not None
+        region_AL = state.exists_AL if state.quota.region_BL is None else state.quota.region_BL
+        padding = options["padding_mask_BT"]
+        return shadowed(denoiser, ids, padding, region_AL[kept], state.masked_AL[kept], self.shadow)
 
 
 def shared_rows(prompt_BQ: Tensor, canvas_BL: Tensor, group_B: Tensor | None) -> Tensor | None:

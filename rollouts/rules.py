@@ -247,3 +247,19 @@ def _cycle(state: State, window_BL: Tensor, place_BL: Tensor) -> tuple[Tensor, T
 def _check_count(value: int, name: str) -> None:
     if value < 1:
         raise RecipeError(f"selection.{name}: {value} must be at least 1.")
+
+
+@selection.register
+def drafts(
+    score_BL: Tensor, quota: Quota, *, level: float = 0.6, share: float = 0.7, low: int = 5, high: int = 20
+) -> Tensor:
+    """Positions whose score reaches log(level), the best min(max(share n, low), high) of n open ones at most.
+
+    Never fewer than the quota. WINO drafts boldly and leaves it to remasking `verify` (Hong et al. 2025).
+    """
+    _check_count(low, "low")
+    if not 0 < share <= 1 or high < low:
+        raise RecipeError(f"selection: drafts needs share in (0, 1] and low <= high, not {share}, {low} and {high}.")
+    most_B = (quota.window_BL.sum(dim=1) * share).long().clamp(min=low, max=high)
+    ready_BL = (score_BL >= check_level(level)) & (rank(score_BL) < most_B[:, None]) & quota.window_BL
+    return ready_BL | fewest(score_BL, quota)

@@ -26,7 +26,7 @@ from .lengths import Resize
 from .measures import Request
 from .schedules import Quota
 from .state import State
-from .traits import STATUSES, Traits, bare, knobs_of, traits_of, wants
+from .traits import STATUSES, Traits, bare, knob_of, knobs_of, traits_of, wants
 
 EOS_RULES = ("stop", "none")
 LINGERING = "lingering"  # where an editing keeps the region of the last step
@@ -208,7 +208,7 @@ class Sampler:
 
     def start_length(self, canvas_BL: Tensor) -> Tensor:
         """Return the number of positions each canvas starts with."""
-        initial = knobs_of(self.length).get("start") if self.length is not None else None
+        initial = None if self.length is None else knob_of(self.length, "start")
         return torch.full_like(canvas_BL[:, 0], min(initial or canvas_BL.shape[1], canvas_BL.shape[1]))
 
     def steps_allowed(self, canvas: int) -> int:
@@ -217,8 +217,12 @@ class Sampler:
 
     def width(self, canvas: int) -> int:
         """Return the most positions that a step asks for."""
+        return canvas if self.reach != "window" else self.region_width(canvas)
+
+    def region_width(self, canvas: int) -> int:
+        """Return the most positions that a region of the schedule has."""
         size = knobs_of(self.schedule).get("size")
-        return canvas if size is None or self.reach != "window" else min(size, canvas)
+        return canvas if size is None else min(size, canvas)
 
     def request(self, banned: tuple[int, ...], eos: tuple[int, ...]) -> Request:
         """Return what the statistics pass is asked for."""
@@ -300,7 +304,7 @@ def _check_parts(sampler: Sampler) -> None:
     if sampler.length is not None and sampler.cache is not None:
         raise RecipeError("sampler.cache: no cache follows a canvas that changes its length; drop one of the two.")
     if sampler.shadow and sampler.cache is not None:
-        raise RecipeError("sampler.cache: no cache keeps the columns that do not see themselves; drop one of the two.")
+        raise RecipeError("sampler.cache: no cache has the shadow columns of remasking 'verify'; drop one of the two.")
     if sampler.draws_first and not hasattr(bare(sampler.selection), "bar") and sampler.exact:
         name = getattr(bare(sampler.selection), "__name__", "selection")
         raise RecipeError(

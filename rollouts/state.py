@@ -204,12 +204,18 @@ class Record:
             table[alive_A] = torch.where(edited_AL, value_AL.to(table.dtype), table[alive_A])
 
     def settle(self) -> None:
-        """Make lists of what was taken back since the last call; the host looks at the device."""
-        for alive_A, taken_AL, step_A, *tables in self.retracted:
-            row_R, position_R = taken_AL.nonzero(as_tuple=True)
-            token_R, born_R, rank_R, logprob_R = (table[row_R, position_R] for table in tables)
-            lists = (token_R, born_R.long(), step_A[row_R], rank_R.long(), logprob_R)
-            self.settled.append((alive_A[row_R], position_R, *lists))
+        """Make lists of what was taken back since the last call, in one look of the host at the device.
+
+        The live rows have been the same since then.
+        """
+        if not self.retracted:
+            return
+        alive_A = self.retracted[0][0]
+        taken_SAL, step_SA, *tables = (torch.stack(values) for values in list(zip(*self.retracted, strict=True))[1:])
+        step_R, row_R, position_R = taken_SAL.nonzero(as_tuple=True)
+        token_R, born_R, rank_R, logprob_R = (table[step_R, row_R, position_R] for table in tables)
+        lists = (token_R, born_R.long(), step_SA[step_R, row_R], rank_R.long(), logprob_R)
+        self.settled.append((alive_A[row_R], position_R, *lists))
         self.retracted.clear()
 
     def lifetimes(self) -> Lifetimes:
@@ -222,8 +228,8 @@ class Record:
         return Lifetimes(*(value[order_R] for value in joined))
 
     def lengths_by_step(self) -> Tensor:
-        """Return the lengths that the canvases had at each step `[B, S]`."""
-        return torch.stack(self.lengths, dim=1) if self.lengths else self.length_B[:, None][:, :0]
+        """Return the lengths that the canvases had at each step, and at the end `[B, S + 1]`."""
+        return torch.stack([*self.lengths, self.length_B], dim=1)
 
     def choices(self) -> Tensor:
         """Return the log-probabilities of the choices `[B, S]`."""

@@ -59,6 +59,14 @@ def knobs_of(part: Any) -> dict[str, Any]:
     return dict(part.keywords) if isinstance(part, partial) else {}
 
 
+def knob_of(part: Any, name: str) -> Any:
+    """Return the value of a part's knob: the bound one, else its default; None for a part without it."""
+    if name in knobs_of(part):
+        return knobs_of(part)[name]
+    parameter = inspect.signature(bare(part)).parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
+
+
 def traits_of(part: Any) -> Traits:
     """Return a part's traits; those of a user's function without any are the defaults."""
     return getattr(bare(part), "traits", Traits())

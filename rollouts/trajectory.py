@@ -73,9 +73,10 @@ class Trajectory:
     a random order (samplers.md 1.2, 1.3). `banned_token_ids`, the mask and where it is suppressed EOS, had probability
     0. `offset_B` counts the prompt's tokens in the canvas's first block, where a block-causal family has any there.
 
-    `retracted` are the tokens that a remasking took back. Where the canvas changes its length, `length_BS` is the
-    number of positions at each step and `appeared_BL` the step from which on a position exists: the canvas of a step is
-    the first `length` of the positions that have appeared, in their order.
+    `retracted` are the tokens that a remasking took back or an editing replaced. Where the canvas changes its length,
+    `length_BS` is the number of positions at each step and, in one column more, at the end, and `appeared_BL` the step
+    from which on a position exists: the canvas of a step is the first `length` of the positions that have appeared, in
+    their order.
     """
 
     prompt_BQ: Tensor

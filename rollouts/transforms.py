@@ -134,7 +134,7 @@ def _credit(state: State, slots: int, device: torch.device) -> Credit:
 @traits(
     whole=True, group=True, status="behaviour only", learns="the draw depends on the group's other rollouts, unscored"
 )
-def diverse(logits_KV: Tensor, state: State, row_K: Tensor, place_K: Tensor, *, strength: float = 16.0) -> Tensor:
+def odd(logits_KV: Tensor, state: State, row_K: Tensor, place_K: Tensor, *, strength: float = 16.0) -> Tensor:
     """ODD: each rollout of a group is pushed away from what the ones before it are about to say.
 
     Feature v: the largest softmax(l) that each token has on the canvas (1 for decided ones), of length 1. r: v without
@@ -145,7 +145,7 @@ def diverse(logits_KV: Tensor, state: State, row_K: Tensor, place_K: Tensor, *, 
     open positions outside the step's window are not looked at.
     """
     if strength < 0:
-        raise RecipeError(f"transforms: diverse.strength {strength} must be at least 0.")
+        raise RecipeError(f"transforms: odd.strength {strength} must be at least 0.")
     assert state.window_AL is not None
     open_K = state.window_AL[row_K, place_K]
     rows, vocabulary = len(state.canvas_AL), logits_KV.shape[1]

@@ -92,6 +92,14 @@ def test_realigned_time_equals_dimples_loop(masked: int, steps: int) -> None:
     assert min(expected) >= 1
 
 
+def test_realigned_time_never_goes_back() -> None:
+    """Where nothing was committed so far, the next time is still that of the step: floor(30 - 30 t_6) of 10 steps."""
+    masked_BL = torch.ones(1, 30, dtype=torch.bool)
+    part = SLOTS["schedule"].build({"name": "time", "steps": 10, "realign": True})
+    for step, expected in ((0, 2), (5, 17), (8, 26), (9, 30), (12, 30)):
+        assert part(masked_BL, torch.tensor([step]), torch.tensor([30])).count_B.tolist() == [expected]
+
+
 def test_time_follows_a_rows_own_masks() -> None:
     """samplers.md 8.20: the released schedule takes the batch's mean."""
     masked_BL = torch.arange(100) < torch.tensor([[100], [20], [60]])
@@ -188,7 +196,7 @@ def slow_rounds(size: int, base: int) -> list[list[int]]:
     return rounds
 
 
-@pytest.mark.parametrize(("size", "base"), [(32, 2), (16, 2), (16, 4), (12, 2), (8, 3), (9, 3), (1, 2), (6, 5)])
+@pytest.mark.parametrize(("size", "base"), [(32, 2), (16, 2), (16, 4), (12, 2), (8, 3), (7, 3), (9, 3), (1, 2), (6, 5)])
 def test_dilated_equals_its_rounds(size: int, base: int) -> None:
     found = plan({"name": "dilated", "size": size, "base": base}, [MASK] * (2 * size))
     rounds = slow_rounds(size, base)

@@ -222,7 +222,7 @@ def test_diversity_equals_autograd(padded: bool) -> None:
     index = torch.arange(len(row_K))
     if padded:
         index = torch.cat([index[:4], index[-1:], index[4:], index[-1:]])
-    part = SLOTS["transform"].build({"name": "diverse", "strength": 8.0})
+    part = SLOTS["transform"].build({"name": "odd", "strength": 8.0})
     found_KV = part(logits_KV[index].clone(), state, row_K[index], place_K[index])
     for found_V, k in zip(found_KV, index.tolist(), strict=True):
         torch.testing.assert_close(found_V[:MASK], expected[keys[k]][:MASK], rtol=1e-5, atol=1e-6)
@@ -240,12 +240,12 @@ def test_equal_rollouts_are_left_alone() -> None:
     state = state_of(torch.full((4, L), MASK), group_A=torch.zeros(4, dtype=torch.long))
     row_K, place_K = state.window_AL.nonzero(as_tuple=True)
     one_KV = torch.randn(L, V, generator=torch.Generator().manual_seed(0)).repeat(4, 1)
-    found_KV = SLOTS["transform"].build("diverse")(one_KV.clone(), state, row_K, place_K)
+    found_KV = SLOTS["transform"].build("odd")(one_KV.clone(), state, row_K, place_K)
     assert torch.equal(found_KV[:, :MASK], one_KV[:, :MASK])
 
 
 def test_diversity_needs_a_group_and_changes_what_it_says() -> None:
-    guide = {"name": "diverse", "strength": 16.0}
+    guide = {"name": "odd", "strength": 16.0}
     denoiser, plain = Moody(), sampler_of(temperature=0.0)
     alone = run(denoiser, sampler_of(guide, temperature=0.0), rows=6, group=1)
     assert torch.equal(alone.tokens_BL, run(denoiser, plain, rows=6, group=1).tokens_BL)
