@@ -43,6 +43,12 @@ class Stopwatch:
         self.trunk_s, self.calls = self.trunk_s + seconds, self.calls + 1
         return found
 
+    def columns(self, *arguments: Any) -> Tensor:
+        """Time the trunk behind a cache."""
+        found, seconds = _timed(partial(self.inner.columns, *arguments))
+        self.trunk_s, self.calls = self.trunk_s + seconds, self.calls + 1
+        return found
+
     def head(self, hidden: Tensor) -> Tensor:
         """Time the head."""
         found, seconds = _timed(partial(self.inner.head, hidden))

@@ -10,6 +10,9 @@ import torch
 from cachetoys import LENGTHS, Rule, Watched, rollouts
 
 from unmask.recipes.registry import SLOTS
+from unmask.rollouts.caches import Layout, dkv_greedy
+from unmask.rollouts.schedules import Quota
+from unmask.rollouts.state import State
 from unmask.rollouts.trajectory import Trajectory
 
 L, SIZE, WIDTH = 24, 8, 12
@@ -81,6 +84,19 @@ def test_a_policy_computes_what_it_says(family: str, name: str, knobs: dict[str,
             assert computed == told.columns(step), step
             partial += columns is not None
     assert partial > 5
+
+
+def test_neighbours_are_the_nearest_masks_on_either_side() -> None:
+    """Ten positions, 0 and 4 decided, 5 and 6 open to the step: one more mask on each side is 3 and 7."""
+    canvas_AL = torch.full((1, 10), -1).index_fill(1, torch.tensor([0, 4]), 65)
+    state = State.of(canvas_AL, -1, step=1)
+    state.window_AL = torch.zeros(1, 10, dtype=torch.bool).index_fill(1, torch.tensor([5, 6]), True)
+    state.quota = Quota(state.window_AL, torch.tensor([1]))
+    layout = Layout.of(state)._replace(changed_AT=torch.zeros_like(state.window_AL))
+    state.memory["cache"] = torch.tensor([[0, 0]])  # a step into the canvas
+    for near, wanted in ((0, [5, 6]), (1, [3, 5, 6, 7]), (9, [1, 2, 3, 5, 6, 7, 8, 9])):
+        columns_AT, visible_AT = dkv_greedy(state, layout, near=near)
+        assert columns_AT[0].nonzero()[:, 0].tolist() == wanted and visible_AT is None
 
 
 @pytest.mark.parametrize(("name", "knobs"), CASES)
