@@ -23,6 +23,7 @@ from .schema import InSlot, Recipe, RewardEntry, SftEvaluationSection, SftRecipe
 
 PART_MODULES = {
     "task": "recipes.tasks",
+    "canvas": "rollouts.canvases",
     "schedule": "rollouts.sampler",
     "score": "rollouts.sampler",
     "selection": "rollouts.sampler",

@@ -137,6 +137,9 @@ class RolloutSection(Section):
     prompt_limit: Int = Field(256, ge=1, description="longest prompt in tokens; longer ones are refused")
     temperature: float = Field(1.0, ge=0, description="temperature of the token draw")
     micro_batch: Int = Field(64, ge=1, description="rows of one rollout forward")
+    start: Annotated[Part, InSlot("canvas")] = Field(
+        {"name": "blank"}, description="what stands on the canvas before the first step"
+    )
     sampler: SamplerSection = Field(description="how the canvas is unmasked")
 
 

@@ -117,6 +117,7 @@ def bench_rollout(
         prompt_limit=recipe.rollout.prompt_limit,
         seed=recipe.run.seed,
         micro_batch=recipe.rollout.micro_batch,
+        start=SLOTS["canvas"].build(recipe.rollout.start, "rollout.start"),
     )
     found: list[dict[str, Any]] = []
     wanted: list[str] = []
