@@ -20,7 +20,7 @@ from .engine import denoise
 from .forward import LogitSource
 from .noise import uniform
 from .sampler import Sampler
-from .trajectory import Trajectory
+from .trajectory import EDITED, Trajectory
 
 if TYPE_CHECKING:
     from ..rewards.scoring import RewardTable
@@ -97,6 +97,9 @@ class RolloutWorker:
             "rollout/ended": ended_B.double().mean().item(),
             "rollout/logprob": trajectory.logprob_BL.sum().item() / max(int(trajectory.action_BL("all").sum()), 1),
         }
+        if trajectory.retracted is not None:
+            metrics["rollout/retracted"] = len(trajectory.retracted.row_R) / max(len(repeated), 1)
+            metrics["rollout/edited"] = int((trajectory.source_BL == EDITED).sum()) / max(len(repeated), 1)
         batch = RolloutBatch(trajectory, repeated, completions, completion_ids, group_B, rewards, metrics=metrics)
         batch.metrics["time/rollout_s"] = seconds
         batch.metrics["time/tokens_per_s"] = tokens / max(seconds, 1e-9)
