@@ -7,7 +7,8 @@ from typing import Any
 
 from .correcting import check_density, correction_notes
 from .registry import SLOTS, RecipeError
-from .schema import EvaluationSection, ObjectiveSection, Recipe, SamplerSection, SftEvaluationSection, SftRecipe
+from .schema import EvaluationSection, ObjectiveSection, Recipe, SftEvaluationSection, SftRecipe
+from .sections import SamplerSection
 
 GROUP_ADVANTAGES = {"group_mean", "group_std", "leave_one_out"}
 POSITIONAL_SCORES = {"random", "left_to_right"}

@@ -11,7 +11,8 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter
 
 from .loading import import_parts, load_methods, load_samplers
 from .registry import SLOTS
-from .schema import MARK, Recipe, RewardEntry, SftRecipe
+from .schema import Recipe, RewardEntry, SftRecipe
+from .sections import MARK
 
 OUTSIDE = {"type": "string", "pattern": "^[A-Za-z_][\\w.]*:[A-Za-z_]\\w*$"}
 

@@ -19,10 +19,12 @@ from pydantic.fields import FieldInfo
 from .explaining import explain
 from .reading import apply_override, find_recipe, merge, parse_yaml, read_mapping
 from .registry import SLOTS, RecipeError, nearest
-from .schema import InSlot, Recipe, RewardEntry, SftEvaluationSection, SftRecipe
+from .schema import Recipe, RewardEntry, SftEvaluationSection, SftRecipe
+from .sections import InSlot
 
 PART_MODULES = {
     "task": "recipes.tasks",
+    "canvas": "rollouts.canvases",
     "schedule": "rollouts.sampler",
     "score": "rollouts.sampler",
     "selection": "rollouts.sampler",

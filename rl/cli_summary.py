@@ -17,7 +17,8 @@ from ..recipes.crosschecks import check_data, check_world, notes, step_limit
 from ..recipes.loading import import_parts, load_methods, load_samplers
 from ..recipes.reading import SCHEMA_FILE, shipped_recipes
 from ..recipes.registry import SLOTS, RecipeError, nearest
-from ..recipes.schema import Recipe, SamplerSection, SftRecipe
+from ..recipes.schema import Recipe, SftRecipe
+from ..recipes.sections import SamplerSection
 
 MACHINE = 8  # devices that `check` assumes for a sharded recipe
 SAMPLER_SLOTS = ("schedule", "score", "selection", "remasking", "editing", "transform", "length", "cache")

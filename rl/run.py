@@ -124,6 +124,7 @@ def build_trainer(recipe: Recipe, folder: Path) -> UnmaskTrainer:
         eval_sampler=build_sampler(evaluation_sampler),
         objective=build_objective(recipe.objective.model_dump()),
         advantage=SLOTS["advantage"].build(recipe.objective.advantage),
+        start=SLOTS["canvas"].build(recipe.rollout.start, "rollout.start"),
         optim={"name": recipe.optim.optimizer, "matrix_lr": recipe.optim.matrix_lr, "betas": tuple(recipe.optim.betas)},
     )
 

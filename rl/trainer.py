@@ -23,6 +23,7 @@ from ..policies.reference import build_reference
 from ..recipes.registry import RecipeError
 from ..recipes.tasks import Row, Rows, Stored
 from ..rewards import Reward, Scorer, ScoringConfig, build_rewards, check_columns
+from ..rollouts.canvases import Start
 from ..rollouts.noise import generator
 from ..rollouts.sampler import Sampler
 from ..rollouts.worker import RolloutBatch, RolloutWorker
@@ -57,7 +58,8 @@ class UnmaskTrainer(Trainer):
     `model` is a Denoiser, a model folder, a hub id or `unmask:tiny`; `reward_funcs` are names, TRL reward functions or
     Rewards; datasets are sequences of rows with a `prompt` (or task Rows). A `peft_config` without target modules
     adapts the family's linear layers. `sampler` (at the temperature of `args`), `objective` and `advantage` default to
-    blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean. One `training_step` is one step.
+    blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean; `start` is a canvas part (default: masks).
+    One `training_step` is one step.
     """
 
     args: UnmaskConfig
@@ -79,6 +81,7 @@ class UnmaskTrainer(Trainer):
         advantage: Callable[[Tensor, Tensor], Tensor] = advantages.group_mean,
         optim: dict[str, Any] | None = None,
         scoring: ScoringConfig | None = None,
+        start: Callable[..., Start] | None = None,
     ) -> None:
         self.denoiser = denoiser = prepare(model, peft_config, args.seed)
         scoring = scoring or ScoringConfig()
@@ -104,6 +107,7 @@ class UnmaskTrainer(Trainer):
             prompt_limit=args.max_prompt_length,
             seed=args.seed,
             micro_batch=args.rollout_batch_size,
+            start=start,
         )
         eval_temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
         self.eval_worker = replace(self.worker, sampler=replace(eval_sampler or sampler, temperature=eval_temperature))
