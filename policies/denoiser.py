@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .blocks import BlockCache, additive, block_ids, block_mask, doubled_mask, positions
+from .blocks import BlockCache, additive, block_ids, block_mask, doubled_mask, hide_padding, positions
 from .layout import CheckpointError, Family
 from .store import Store
 
@@ -70,7 +70,7 @@ class Denoiser:
             if cache is not None or commit:
                 raise CheckpointError(f"cache: family '{self.family.name}' attends to the whole canvas; none is exact.")
             # Without padding the mask stays None, the only form in which SDPA may use its flash kernel.
-            mask = None if padding_mask_BT is None else self._padding(padding_mask_BT)
+            mask = None if padding_mask_BT is None else hide_padding(self.base.config, padding_mask_BT, self._attention)
             return self._aligned(self._trunk(input_ids_BT, mask, position_ids_BT, **kept))
         if commit and cache is None:
             raise CheckpointError("commit: there is no cache to commit to; pass cache=denoiser.new_cache().")
@@ -185,25 +185,6 @@ class Denoiser:
         trunk, inputs = self.base.base_model, {"input_ids": input_ids_BT, "attention_mask": mask, **cached}
         return self._inside(lambda: trunk(position_ids=position_BT, **inputs).last_hidden_state)
 
-<<<<<<< ours
-=======
-    def _blocks(self, position_BT: Tensor, padding_mask_BT: Tensor | None, stored: int) -> Tensor:
-        """Return each token's block: of its own position, or of its column where rows are padded to whole blocks."""
-        block_BT = position_BT // (self.family.block_length or 1)
-        if self.family.alignment == "left_pad_to_block":
-            column_T = torch.arange(stored, stored + position_BT.shape[1], device=position_BT.device)
-            block_BT = (column_T // (self.family.block_length or 1)).expand(position_BT.shape)
-        return block_BT if padding_mask_BT is None else block_BT.masked_fill(~padding_mask_BT.bool(), PADDING)
-
-    def _padding(self, padding_mask_BT: Tensor) -> Tensor:
-        """Return the mask that hides padding: query by key where that is taken, as the stock one is looked at first."""
-        kernel = self.base.config._attn_implementation
-        if self.base.config.model_type == "modernbert" or kernel not in ("sdpa", "eager"):
-            return padding_mask_BT.to(torch.long)
-        rows, columns = padding_mask_BT.shape
-        return self._attention(padding_mask_BT.bool()[:, None, None].expand(rows, 1, columns, columns))
-
->>>>>>> theirs
     def _attention(self, mask: Tensor) -> Tensor:
         eager = self.base.config._attn_implementation == "eager"
         return additive(mask, next(self.model.parameters()).dtype) if eager else mask
