@@ -70,7 +70,7 @@ class Denoiser:
             if cache is not None or commit:
                 raise CheckpointError(f"cache: family '{self.family.name}' attends to the whole canvas; none is exact.")
             # Without padding the mask stays None, the only form in which SDPA may use its flash kernel.
-            mask = None if padding_mask_BT is None else padding_mask_BT.to(torch.long)
+            mask = None if padding_mask_BT is None else self._padding(padding_mask_BT)
             return self._aligned(self._trunk(input_ids_BT, mask, position_ids_BT, **kept))
         if commit and cache is None:
             raise CheckpointError("commit: there is no cache to commit to; pass cache=denoiser.new_cache().")
@@ -197,6 +197,14 @@ class Denoiser:
             column_T = torch.arange(stored, stored + position_BT.shape[1], device=position_BT.device)
             block_BT = (column_T // (self.family.block_length or 1)).expand(position_BT.shape)
         return block_BT if padding_mask_BT is None else block_BT.masked_fill(~padding_mask_BT.bool(), PADDING)
+
+    def _padding(self, padding_mask_BT: Tensor) -> Tensor:
+        """Return the mask that hides padding: query by key where that is taken, as the stock one is looked at first."""
+        kernel = self.base.config._attn_implementation
+        if self.base.config.model_type == "modernbert" or kernel not in ("sdpa", "eager"):
+            return padding_mask_BT.to(torch.long)
+        rows, columns = padding_mask_BT.shape
+        return self._attention(padding_mask_BT.bool()[:, None, None].expand(rows, 1, columns, columns))
 
     def _attention(self, mask: Tensor) -> Tensor:
         if self.base.config._attn_implementation == "eager":
