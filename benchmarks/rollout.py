@@ -52,6 +52,14 @@ class Timed:
         self.trunk_tokens += found.shape[0] * found.shape[1]
         return found
 
+    def columns(self, *arguments: Any) -> Tensor:
+        """Time the trunk behind a cache."""
+        started = time.perf_counter()
+        found = self.inner.columns(*arguments)
+        self.trunk_s += time.perf_counter() - started
+        self.trunk_tokens += found.shape[0] * found.shape[1]
+        return found
+
     def head(self, hidden: Tensor) -> Tensor:
         """Time the head."""
         started = time.perf_counter()

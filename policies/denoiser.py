@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .blocks import PADDING, BlockCache, additive, block_mask, doubled_mask, positions
+from .blocks import BlockCache, additive, block_ids, block_mask, doubled_mask, hide_padding, positions
 from .layout import CheckpointError, Family
 from .store import Store
 
@@ -70,7 +70,7 @@ class Denoiser:
             if cache is not None or commit:
                 raise CheckpointError(f"cache: family '{self.family.name}' attends to the whole canvas; none is exact.")
             # Without padding the mask stays None, the only form in which SDPA may use its flash kernel.
-            mask = None if padding_mask_BT is None else self._padding(padding_mask_BT)
+            mask = None if padding_mask_BT is None else hide_padding(self.base.config, padding_mask_BT, self._attention)
             return self._aligned(self._trunk(input_ids_BT, mask, position_ids_BT, **kept))
         if commit and cache is None:
             raise CheckpointError("commit: there is no cache to commit to; pass cache=denoiser.new_cache().")
@@ -79,7 +79,7 @@ class Denoiser:
         if position_BT is None:
             position_BT = positions(input_ids_BT.shape, padding_mask_BT, start_B, input_ids_BT.device)
         stored = 0 if cache is None else len(cache)
-        block_BT = self._blocks(position_BT, padding_mask_BT, stored)
+        block_BT = block_ids(self.family, position_BT, padding_mask_BT, stored)
         if cache is None:
             mask = block_mask(block_BT, block_BT)
             return self._aligned(self._trunk(input_ids_BT, self._attention(mask), position_BT, **kept))
@@ -92,14 +92,6 @@ class Denoiser:
         column i - 1 scores the token at i.
         """
         return self._trunk(input_ids_BC, self._attention(mask_B1CK), position_ids_BC, past_key_values=store)
-
-    def places(self, padding_mask_BT: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return position and block of every column `[B, T]` as `hidden` counts them; no blocks with full attention."""
-        if self.family.attention == "full":
-            position_T = torch.arange(padding_mask_BT.shape[1], device=padding_mask_BT.device)
-            return position_T.expand(padding_mask_BT.shape), None
-        position_BT = positions(padding_mask_BT.shape, padding_mask_BT, None, padding_mask_BT.device)
-        return position_BT, self._blocks(position_BT, padding_mask_BT, 0)
 
     def logits(
         self,
@@ -161,7 +153,7 @@ class Denoiser:
     def _doubled(self, noisy_BT: Tensor, clean_BT: Tensor, padding_mask_BT: Tensor | None) -> Tensor:
         """Return the aligned hidden states of x_t in [x_t ; x_0]."""
         position_BT = positions(noisy_BT.shape, padding_mask_BT, None, noisy_BT.device)
-        block_BT = self._blocks(position_BT, padding_mask_BT, 0)
+        block_BT = block_ids(self.family, position_BT, padding_mask_BT)
         both = self._trunk(
             torch.cat([noisy_BT, clean_BT], dim=1), self._attention(doubled_mask(block_BT)), position_BT.repeat(1, 2)
         )
@@ -186,30 +178,16 @@ class Denoiser:
         save_denoiser(self, directory, layout=layout)
 
     def _trunk(self, input_ids_BT: Tensor, mask: Tensor | None, position_BT: Tensor | None, **cached: Any) -> Tensor:
+        if not len(input_ids_BT):
+            # Ranks that share weights take part in every forward, and models want a row.
+            return self._trunk(input_ids_BT.new_zeros(1, input_ids_BT.shape[1]), None, None)[:0]
         # Whether keys are kept is the config's use_cache, which loading switches off; encoders know no such argument.
         trunk, inputs = self.base.base_model, {"input_ids": input_ids_BT, "attention_mask": mask, **cached}
         return self._inside(lambda: trunk(position_ids=position_BT, **inputs).last_hidden_state)
 
-    def _blocks(self, position_BT: Tensor, padding_mask_BT: Tensor | None, stored: int) -> Tensor:
-        """Return each token's block: of its own position, or of its column where rows are padded to whole blocks."""
-        block_BT = position_BT // (self.family.block_length or 1)
-        if self.family.alignment == "left_pad_to_block":
-            column_T = torch.arange(stored, stored + position_BT.shape[1], device=position_BT.device)
-            block_BT = (column_T // (self.family.block_length or 1)).expand(position_BT.shape)
-        return block_BT if padding_mask_BT is None else block_BT.masked_fill(~padding_mask_BT.bool(), PADDING)
-
-    def _padding(self, padding_mask_BT: Tensor) -> Tensor:
-        """Return the mask that hides padding: query by key where that is taken, as the stock one is looked at first."""
-        kernel = self.base.config._attn_implementation
-        if self.base.config.model_type == "modernbert" or kernel not in ("sdpa", "eager"):
-            return padding_mask_BT.to(torch.long)
-        rows, columns = padding_mask_BT.shape
-        return self._attention(padding_mask_BT.bool()[:, None, None].expand(rows, 1, columns, columns))
-
     def _attention(self, mask: Tensor) -> Tensor:
-        if self.base.config._attn_implementation == "eager":
-            return additive(mask, next(self.model.parameters()).dtype)
-        return mask
+        eager = self.base.config._attn_implementation == "eager"
+        return additive(mask, next(self.model.parameters()).dtype) if eager else mask
 
     def _cached(
         self,

@@ -61,10 +61,10 @@ class Layout:
     `stock` names the stock class (loading.CLASSES; empty: as the config's model_type says). `fields` holds (stock
     field, vendor fields: the first that is set counts), `optional` those that may be missing, `constants` what the
     stock config always gets, `derive` computes the rest; without `fields` the folder's config is the stock class's own.
-    `names` holds (vendor's start of a tensor's name, the stock class's), `*` standing for the number of a layer; it is
-    read in both directions, so that a saved model is again what the vendor's code reads. `experts` are stacked and
-    `fused_qkv` is split besides. `requires` lists the config values that the stock class can represent. `published` are
-    ids and block length that are not in config.json: shown in the error that asks for them, never assumed.
+    `names` holds (vendor's start of a tensor's name, the stock class's), `*` standing for a layer's or expert's number;
+    it is read in both directions, so that a saved model is again what the vendor's code reads. `experts` are stacked
+    and `fused_qkv` is split besides. `requires` lists the config values that the stock class can represent.
+    `published` are ids and block length that config.json lacks: shown in the error that asks for them, never assumed.
     Besides config.json's EOS, completions end with `turn_end_ids` and `turn_end_tokens` (the first of them ends a turn)
     and with `eos_tokens` (which come before it), where the vocabulary has them.
     """

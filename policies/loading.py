@@ -33,6 +33,7 @@ from transformers import (
 from . import conversion
 from .denoiser import Denoiser
 from .layout import CheckpointError, Family, Layout
+from .quantization import check_quantization, quantized
 from .resolving import check_config, find_layout, read_config, resolve_family
 from .saving import INDEX, TIED, llada_vendor_config
 from .selfcheck import self_check
@@ -139,7 +140,7 @@ def load_denoiser(
     tokenizer = load_tokenizer(folder, tokenizer, resolved, layout.template)
     check_mask_token(tokenizer, resolved)
     if quantization:
-        _check_quantization(quantization)
+        check_quantization(quantization)
     config = stock_config(layout, vendor, attention)
     if context is not None:
         config.rope_parameters["rope_theta"] = ntk_theta(config, context)
@@ -150,7 +151,7 @@ def load_denoiser(
     _check_keys(model, read_state(folder, layout, config, torch_dtype, "meta"), layout, folder)
     state = read_state(folder, layout, config, torch_dtype, "cpu" if quantization else device)
     if quantization:
-        model = _quantized(type(model), config, state, torch_dtype, device)
+        model = quantized(type(model), config, state, torch_dtype, device)
     else:
         _fill(model, state, config, device)
     model.config.dtype = torch_dtype
@@ -275,31 +276,6 @@ def _fill(model: Any, state: dict[str, Tensor], config: Any, device: str) -> Non
     trunk = model.base_model
     with torch.device(device):
         trunk.rotary_emb = type(trunk.rotary_emb)(config)
-
-
-def _check_quantization(name: str) -> None:
-    if name != "4bit":
-        raise CheckpointError(f"model.quantization: '{name}' is not 4bit.")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError("model.quantization: 4bit needs bitsandbytes; pip install 'unmask[4bit]'.") from error
-
-
-def _quantized(kind: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype, device: str) -> Any:
-    """Return the model with its linear layers in 4 bits (NF4, QLoRA: Dettmers et al. 2023)."""
-    from bitsandbytes.nn import Linear4bit
-    from transformers import BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    options: dict[str, Any] = {"quantization_config": quantization, "device_map": {"": device}, "dtype": dtype}
-    model = kind.from_pretrained(None, config=config, state_dict=state, **options)
-    model.name_or_path = ""  # it is "None" now, which peft would look up on the hub at every save
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # In eval mode it would repack weights for a CPU's bfloat16 units, through which no gradient flows.
-            module.support_avx512bf16_for_cpu = False
-    return model
 
 
 def _check_keys(model: Any, state: dict[str, Tensor], layout: Layout, folder: Path) -> None:

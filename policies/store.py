@@ -53,7 +53,7 @@ class _Layer(CacheLayerMixin):
             table[row_R, : fresh.shape[2]] = fresh.transpose(1, 2)
             return fresh
         table[row_R[:, None], column_RC] = fresh.transpose(1, 2)
-        return (table if self.target.every_row else table[row_R]).transpose(1, 2)
+        return (table if self.target.every_row else table.index_select(0, row_R)).transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (keys, offset) of a forward over whole rows; one over columns brings its own mask."""

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .registry import RecipeError
 from .schema import CorrectionSection, Recipe
-
-if TYPE_CHECKING:
-    from ..rollouts.sampler import Sampler
 
 SCORES_ROLLOUTS = ("trace",)  # estimators that score the canvases the rollout saw, with its own log-probs beside
 
@@ -55,7 +52,7 @@ def correction_notes(recipe: Recipe) -> list[str]:
     ]
 
 
-def _sampler(recipe: Recipe) -> Sampler:
+def _sampler(recipe: Recipe) -> Any:
     from ..rollouts.sampler import build_sampler
 
     return build_sampler(recipe.rollout.sampler.model_dump(), temperature=recipe.rollout.temperature)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -13,6 +12,18 @@ import typer
 
 from .. import __version__
 from ..recipes.registry import RecipeError
+from .cli_arguments import (
+    JsonFile,
+    OptionalRecipe,
+    Processes,
+    RecipeArguments,
+    Resume,
+    TargetArguments,
+    check_output,
+    one_target,
+    write_result,
+)
+from .cli_bench import bench
 
 app = typer.Typer(
     name="unmask",
@@ -21,37 +32,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure parts side by side: rollout.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 # typer brings its own copy of click in newer versions; its public exception leads to the base class in either.
 USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-
-RecipeArguments = Annotated[list[str], typer.Argument(metavar="RECIPE [KEY.PATH=VALUE]...", show_default=False)]
-OptionalRecipe = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY.PATH=VALUE]...", show_default=False)]
-TargetArguments = Annotated[
-    list[str], typer.Argument(metavar="RUN_OR_MODEL_OR_RECIPE [KEY.PATH=VALUE]...", show_default=False)
-]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE as JSON.")]
-Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes (torchrun is started for more than one).")]
-Resume = Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="Continue this run or checkpoint folder.")]
-
-
-def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Return (names, overrides): what contains `=` is an override."""
-    overrides = [argument for argument in arguments if "=" in argument]
-    return [argument for argument in arguments if "=" not in argument], overrides
-
-
-def _one_target(
-    arguments: list[str] | None, what: str = "recipe", otherwise: Path | None = None
-) -> tuple[str, list[str]]:
-    names, overrides = split_arguments(arguments or [])
-    if not names and otherwise is not None:
-        names = [str(otherwise)]
-    if len(names) != 1:
-        got = f"got {len(names)}: {', '.join(names)}" if names else "got none"
-        raise RecipeError(f"name one {what} ({got}); overrides are written key.path=value.")
-    return names[0], overrides
 
 
 def _load(target: str, overrides: list[str], kind: str) -> Any:
@@ -72,17 +55,6 @@ def _check_launch(recipe: Any, nproc: int) -> None:
     check_data(recipe)
 
 
-def _check_output(path: Path | None) -> None:
-    """Refuse a result file that cannot be written, before the work and not after it."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise RecipeError(f"--json: cannot write '{path}'; its folder must exist and it must be no folder itself.")
-
-
-def _write_json(path: Path | None, value: Any) -> None:
-    if path is not None:
-        path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-
-
 @app.callback(invoke_without_command=True)
 def _top(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
@@ -101,13 +73,13 @@ def train(
 
     With --resume alone, the run's own recipe is used.
     """
-    target, overrides = _one_target(arguments, otherwise=resume)
-    _check_output(json_file)
+    target, overrides = one_target(arguments, otherwise=resume)
+    check_output(json_file)
     recipe = _load(target, overrides, "rl")
     _check_launch(recipe, nproc)
     from . import run
 
-    _write_json(json_file, run.train(recipe, nproc=nproc, resume=resume))
+    write_result(json_file, run.train(recipe, nproc=nproc, resume=resume))
 
 
 @app.command()
@@ -115,13 +87,13 @@ def sft(
     arguments: OptionalRecipe = None, nproc: Processes = 1, resume: Resume = None, json_file: JsonFile = None
 ) -> None:
     """Train on worked solutions (recipes of kind sft)."""
-    target, overrides = _one_target(arguments, otherwise=resume)
-    _check_output(json_file)
+    target, overrides = one_target(arguments, otherwise=resume)
+    check_output(json_file)
     recipe = _load(target, overrides, "sft")
     _check_launch(recipe, nproc)
     from . import run
 
-    _write_json(json_file, run.sft(recipe, nproc=nproc, resume=resume))
+    write_result(json_file, run.sft(recipe, nproc=nproc, resume=resume))
 
 
 @app.command()
@@ -134,11 +106,11 @@ def evaluate(
 
     Reported with n, standard error, NFE and tokens a second.
     """
-    target, overrides = _one_target(arguments, "run, model or recipe")
-    _check_output(json_file)
+    target, overrides = one_target(arguments, "run, model or recipe")
+    check_output(json_file)
     from . import run
 
-    _write_json(json_file, run.evaluate(target, overrides=overrides, problems=problems))
+    write_result(json_file, run.evaluate(target, overrides=overrides, problems=problems))
 
 
 @app.command()
@@ -147,7 +119,7 @@ def sample(
     prompt: Annotated[str | None, typer.Option("--prompt", help="Prompt; without it a held-out problem.")] = None,
 ) -> None:
     """Show a canvas being unmasked in the terminal."""
-    target, overrides = _one_target(arguments, "run, model or recipe")
+    target, overrides = one_target(arguments, "run, model or recipe")
     from . import show
 
     show.sample(target, prompt=prompt, overrides=overrides)
@@ -166,8 +138,8 @@ def check(
 
     Prints what the run will do: canvas, NFE at most, rollouts and forwards a step.
     """
-    target, overrides = _one_target(arguments)
-    _check_output(json_file)
+    target, overrides = one_target(arguments)
+    check_output(json_file)
     from ..recipes.loading import dump_recipe, load_recipe
     from .cli_summary import print_summary, summary
 
@@ -177,7 +149,7 @@ def check(
         typer.echo(dump_recipe(recipe), nl=False)
     else:
         print_summary(facts)
-    _write_json(json_file, facts)
+    write_result(json_file, facts)
 
 
 @app.command()
@@ -197,39 +169,6 @@ def methods(name: Annotated[str | None, typer.Argument(show_default=False)] = No
     from .cli_summary import print_methods
 
     print_methods(name)
-
-
-@bench.command()
-def rollout(
-    arguments: TargetArguments,
-    sampler: Annotated[
-        list[str] | None, typer.Option("--sampler", help="NAME or NAME:key=value,...; `recipe` is the recipe's own.")
-    ] = None,
-    reference: Annotated[str, typer.Option(help="The sampler whose completions the others are compared with.")] = (
-        "llada_low_confidence"
-    ),
-    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 256,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw exact rate against NFE.")] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Decode the same problems with several samplers (default: all shipped ones) at temperature 0.
-
-    Prints exact rate, NFE, tokens a second, the share of the time outside the denoiser, and agreement.
-    """
-    target, overrides = _one_target(arguments, "run, model or recipe")
-    for path in (json_file, plot):
-        _check_output(path)
-    from . import bench_rollout as bench_module
-
-    names = sampler or bench_module.every_sampler(target, overrides)
-    typer.echo(bench_module.HEADER)
-    found = bench_module.bench_rollout(
-        target, names, reference=reference, problems=problems, overrides=overrides, progress=typer.echo
-    )
-    if plot is not None:
-        bench_module.plot(found, plot)
-        typer.echo(f"wrote {plot}")
-    _write_json(json_file, found)
 
 
 @app.command()
@@ -268,7 +207,7 @@ def schema(
     """Write the JSON schema of recipes for editors."""
     from ..recipes.editor import schema_text
 
-    _check_output(out)
+    check_output(out)
     if out is None:
         typer.echo(schema_text(), nl=False)
     else:
@@ -284,10 +223,10 @@ def doctor(
     json_file: JsonFile = None,
 ) -> None:
     """Print versions, devices and what is wrong."""
-    _check_output(json_file)
+    check_output(json_file)
     from .doctor import doctor as examine
 
-    _write_json(json_file, examine(model=model, family=family, mask_token_id=mask, block_length=block))
+    write_result(json_file, examine(model=model, family=family, mask_token_id=mask, block_length=block))
 
 
 @app.command()
@@ -302,10 +241,10 @@ def export(
 
     The adapter is merged into its base in float32, and the result is verified.
     """
-    _check_output(json_file)
+    check_output(json_file)
     from .export import export as write
 
-    _write_json(json_file, write(run, to, layout=layout, dtype=dtype))
+    write_result(json_file, write(run, to, layout=layout, dtype=dtype))
 
 
 @app.command()

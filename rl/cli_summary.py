@@ -17,7 +17,8 @@ from ..recipes.crosschecks import check_data, check_world, notes, step_limit
 from ..recipes.loading import import_parts, load_methods, load_samplers
 from ..recipes.reading import SCHEMA_FILE, shipped_recipes
 from ..recipes.registry import SLOTS, RecipeError, nearest
-from ..recipes.schema import Recipe, SamplerSection, SftRecipe
+from ..recipes.schema import Recipe, SftRecipe
+from ..recipes.sections import SamplerSection
 
 MACHINE = 8  # devices that `check` assumes for a sharded recipe
 SAMPLER_SLOTS = ("schedule", "score", "selection", "remasking", "editing", "transform", "length", "cache")
@@ -29,8 +30,9 @@ def console() -> Console:
 
 
 def words(choice: dict[str, Any]) -> str:
-    """Return a part and its knobs as `name(knob=value, ...)`, without knobs that are null."""
-    knobs = [f"{key}={value}" for key, value in choice.items() if key not in ("name", "weight") and value is not None]
+    """Return a part and its knobs as `name(knob=value, ...)`, without knobs that are null or say nothing."""
+    hidden = {"name", "weight"} | ({"truth"} if choice.get("truth") is False else set())
+    knobs = [f"{key}={value}" for key, value in choice.items() if key not in hidden and value is not None]
     return f"{choice['name']}({', '.join(knobs)})" if knobs else str(choice["name"])
 
 

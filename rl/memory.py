@@ -13,12 +13,14 @@ from peft import PeftModel
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AttentionInterface
+from transformers.integrations.moe import ExpertsInterface
 
 from ..policies.adapters import attach_adapter, lora_config
 from ..policies.denoiser import Denoiser
 from ..policies.layout import Family, Layout
 from ..policies.loading import TINY, stock_classes, stock_config, tiny_folder
 from ..policies.published import CONFIGS
+from ..policies.quantization import STACKS, recompute_experts, stacked_experts
 from ..policies.resolving import check_config, find_layout, read_config, resolve_family
 from ..recipes.schema import Recipe
 from ..rollouts.measures import CHUNK_ENTRIES
@@ -119,8 +121,12 @@ def on_meta(recipe: Recipe, vendor: dict[str, Any], attention: str = COUNTED) ->
     check_config(vendor, layout)
     config = stock_config(layout, vendor)
     config._attn_implementation = attention
+    if attention == COUNTED:
+        config._experts_implementation = COUNTED
     with torch.device("meta"):
         model = stock_classes(layout, vendor)[1](config).to(getattr(torch, section.dtype))
+    if section.quantization:
+        recompute_experts(model)
     denoiser = Denoiser(model, _family(layout, vendor, recipe), None)  # type: ignore[arg-type]
     if section.lora is None:
         return denoiser
@@ -166,36 +172,51 @@ def _bytes(tensors: Iterable[Any]) -> int:
 
 
 def _quantized(denoiser: Denoiser) -> int:
-    """Return the bytes of a 4-bit base: linear layers other than the head in NF4, the rest as it is."""
+    """Return the bytes of a 4-bit base: linear layers but the head and stacked experts in NF4, the rest as it is.
+
+    Plus one layer's experts in full, which every forward and backward unpacks.
+    """
     head = denoiser.base.get_output_embeddings()
     linear = [m for m in denoiser.base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     adapters = {id(m) for n, m in denoiser.base.named_modules() if "lora_" in n}
-    small = [m.weight for m in linear if id(m) not in adapters]
+    stacks = [[getattr(m, name) for name in STACKS] for m in stacked_experts(denoiser.base)]
+    small = [m.weight for m in linear if id(m) not in adapters] + [p for stack in stacks for p in stack]
     known = {id(p) for p in small}
     rest = [p for p in denoiser.model.parameters() if not p.requires_grad and id(p) not in known]
-    return int(sum(p.numel() for p in small) * NF4_BYTES) + _bytes(rest)
+    return int(sum(p.numel() for p in small) * NF4_BYTES) + _bytes(rest) + max(map(_bytes, stacks), default=0)
 
 
 class _Flash(torch.autograd.Function):
-    """Attention as a fused kernel holds it: q, k, v, the output and a log-sum-exp a query; no T x T matrix.
+    """Attention as a fused kernel holds it: q, k, v, the mask, the output and a log-sum-exp a query; no scores.
 
     Only the forward exists: what it saves is counted, nothing is ever propagated back.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        ctx.save_for_backward(query, key, value, mask, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return out
 
 
 def _counted(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    return _Flash.apply(query, key, value).transpose(1, 2).contiguous(), None
+    # Prompts differ in length: behind a mask, keys and values are repeated for every query's head.
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    mask = query.new_empty(query.shape[0], 1, query.shape[2], key.shape[2])
+    return _Flash.apply(query, key, value, mask).transpose(1, 2).contiguous(), None
+
+
+def _counted_experts(module: Any, hidden_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """What the grouped kernel holds: every token once for each of its experts; all experts have one shape."""
+    gate, up = F.linear(hidden_TD.repeat_interleave(expert_TK.shape[1], dim=0), module.gate_up_proj[0]).chunk(2, dim=-1)
+    out = F.linear(module.act_fn(gate) * up, module.down_proj[0]) * weight_TK.reshape(-1, 1)
+    return out.view(*expert_TK.shape, -1).sum(dim=1)
 
 
 AttentionInterface.register(COUNTED, _counted)
+ExpertsInterface.register(COUNTED, _counted_experts)  # the grouped kernel has no float32 on the meta device
 
 
 def saved_bytes(denoiser: Denoiser, rows: int, tokens: int, scored: int) -> int:

@@ -116,10 +116,12 @@ def batch_metrics(batch: RolloutBatch) -> dict[str, tuple[float, int]]:
     if "rollout/logprob" in batch.metrics:  # a mean over tokens
         values["rollout/logprob"] = (batch.metrics["rollout/logprob"], int(batch.trajectory.action_BL("all").sum()))
     values["reward/total"] = _mean(rewards.total_B)
-    for index, name in enumerate(rewards.names):
-        values[f"reward/{name}"] = _mean(rewards.value_BR[:, index])
+    for name, value_B in rewards.components().items():
+        values[name] = _mean(value_B)
     for outcome in OUTCOMES:
         values[f"outcome/{outcome}"] = (sum(o == outcome for o in rewards.outcome) / max(count, 1), count)
+        for name, codes in rewards.codes.items():
+            values[f"outcome/{name}/{outcome}"] = (codes.count(outcome) / max(count, 1), count)
     if batch.advantage_B is not None:
         # NaN marks a rollout that no reward applies to: it gives no signal either.
         values["advantage/zero_share"] = ((batch.advantage_B.nan_to_num(0.0) == 0).double().mean().item(), count)

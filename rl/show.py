@@ -15,10 +15,10 @@ from rich.text import Text
 from torch import Tensor
 
 from ..recipes.registry import SLOTS
-from ..rewards import build_rewards
 from ..rollouts.engine import denoise
 from ..rollouts.trajectory import Trajectory
 from ..rollouts.worker import pad_left
+from .settings import rewards_of
 from .targets import evaluation_worker, open_target
 
 SHADES = ("grey50", "cyan", "bright_cyan", "green", "bright_green", "yellow", "bright_yellow", "magenta")
@@ -35,7 +35,7 @@ def sample(target: str, *, prompt: str | None = None, overrides: Sequence[str] =
     rewards: Any = []
     if prompt is None:
         row = SLOTS["task"].build(recipe.task)("heldout", seed=0).row(recipe.run.seed % recipe.evaluation.problems)
-        rewards = build_rewards([entry.model_dump() for entry in recipe.rewards])
+        rewards = rewards_of(recipe)
     worker = evaluation_worker(recipe, denoiser, rewards)
     ids = worker.prompt(row)
     prompt_BQ, mask_BQ = pad_left([ids], denoiser.tokenizer.pad_token_id, multiple=denoiser.family.prompt_multiple)

@@ -22,19 +22,20 @@ from ..policies.loading import load_denoiser
 from ..policies.reference import build_reference
 from ..recipes.registry import RecipeError
 from ..recipes.tasks import Row, Rows, Stored
-from ..rewards import Reward, RewardTable, build_rewards, check_columns, score
+from ..rewards import Reward, Scorer, ScoringConfig, build_rewards, check_columns
 from ..rollouts.canvases import Start
 from ..rollouts.noise import generator
-from ..rollouts.sampler import Sampler, build_sampler
+from ..rollouts.sampler import Sampler
 from ..rollouts.worker import RolloutBatch, RolloutWorker
 from . import advantages
 from .checkpoints import PlanKeeper, file_errors, starting_point
 from .config import UnmaskConfig
+from .defaults import default_objective, default_sampler, trainable
 from .distributed import gather_objects, rank, reduce_gradients, world_size
 from .evaluate import evaluate, heldout_rows
 from .finite import require_finite_gradient
 from .mismatch import mismatch_by_step
-from .objective import Objective, build_objective
+from .objective import Objective
 from .optimizers import build_optimizer
 from .plan import Plan
 from .progress import Progress
@@ -49,14 +50,6 @@ from .sharding import (
     shard_for_training,
     whole,
 )
-
-CJ_GRPO = {
-    "estimator": "trace",
-    "unit": "token",
-    "surrogate": "ppo_clip",
-    "weight": "per_step_mean",
-    "divergence": "k3",
-}
 
 
 class UnmaskTrainer(Trainer):
@@ -87,10 +80,12 @@ class UnmaskTrainer(Trainer):
         objective: Objective | None = None,
         advantage: Callable[[Tensor, Tensor], Tensor] = advantages.group_mean,
         optim: dict[str, Any] | None = None,
+        scoring: ScoringConfig | None = None,
         start: Callable[..., Start] | None = None,
     ) -> None:
         self.denoiser = denoiser = prepare(model, peft_config, args.seed)
-        self.rewards = _rewards(reward_funcs, args.reward_weights)
+        scoring = scoring or ScoringConfig()
+        self.rewards = _rewards(reward_funcs, args.reward_weights, scoring.allow_code_execution)
         self.rows = _as_rows(train_dataset, args.seed, "train_dataset")
         check_columns(self.rewards, self.rows.row(0))
         self.eval_rows: list[Row] | None = None
@@ -99,16 +94,14 @@ class UnmaskTrainer(Trainer):
         args.max_steps = _steps(args, self.rows)
         _check_group(args.num_generations, advantage)
         sampler = sampler or default_sampler(args)
-        self.sampler = replace(sampler, temperature=args.temperature)
-        if self.sampler.refusal is not None:
-            raise RecipeError(f"sampler: {self.sampler.refusal}; there is no log-probability to train on.")
+        self.sampler = trainable(replace(sampler, temperature=args.temperature))
         self.objective: Objective = objective or default_objective(args, self.sampler)
         self.advantage, self.optim = advantage, optim or {}
         self.worker = RolloutWorker(
             denoiser=denoiser,
             tokenizer=processing_class or denoiser.tokenizer,
             sampler=self.sampler,
-            scorer=self._score,
+            scorer=Scorer(self.rewards, scoring, state=lambda: self.state),
             group=args.num_generations,
             canvas=args.max_completion_length,
             prompt_limit=args.max_prompt_length,
@@ -173,9 +166,6 @@ class UnmaskTrainer(Trainer):
         elif self.args.should_save:
             self.denoiser.save(output_dir or self.folder)
 
-    def _score(self, rows: Any, prompts: Any, completions: Any, completion_ids: Any) -> RewardTable:
-        return score(self.rewards, rows, prompts, completions, completion_ids, trainer_state=self.state)
-
     def get_train_dataloader(self) -> DataLoader:
         """Return step numbers; what a step trains on follows from its number, in every process and after a resume."""
         return DataLoader(range(self.args.max_steps), batch_size=1, collate_fn=_step_number)  # type: ignore[arg-type]
@@ -234,8 +224,7 @@ class UnmaskTrainer(Trainer):
             rng=generator(self.args.seed, "estimator", step),
             sampler=self.sampler,
         )
-        if self.sampler.mismatch is not None and self.objective.old == "recompute":
-            self._metrics |= mismatch_by_step(plan)
+        self._metrics |= mismatch_by_step(plan, self.sampler, self.objective.old)
         return plan
 
     def _report(self, batch: RolloutBatch, step: int) -> None:
@@ -254,12 +243,8 @@ class UnmaskTrainer(Trainer):
             rows = heldout_rows(_as_rows(eval_dataset, self.args.seed, "eval_dataset"), self.args.eval_problems)
         with whole(self.denoiser):
             result = evaluate(self.eval_worker, rows or [])
-        values = {name: value for name, value in result.as_dict().items() if isinstance(value, int | float)}
-        clocks = ("wall_s", "tokens_per_s")
-        prefix = metric_key_prefix
-        self.log({f"time/{prefix}_{k}" if k in clocks else f"{prefix}/{k}": v for k, v in values.items()})
-        # Callbacks and best-model selection look for the prefix that Trainer uses.
-        metrics = {f"{prefix}_{name}": value for name, value in values.items()}
+        logged, metrics = result.metrics(metric_key_prefix)
+        self.log(logged)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -296,23 +281,9 @@ def _check_shares(args: UnmaskConfig) -> None:
         )
 
 
-def default_sampler(args: UnmaskConfig) -> Sampler:
-    """Return the sampler used when none is given: blocks of (at most) 32, two tokens a step, by confidence."""
-    size = math.gcd(args.max_completion_length, 32)
-    section = {"schedule": {"name": "blocks", "size": size, "per_step": min(2, size)}}
-    return build_sampler(section, temperature=args.temperature)
-
-
-def default_objective(args: UnmaskConfig, sampler: Sampler) -> Objective:
-    """Return CJ-GRPO with the arguments' clip range, beta and chunk, corrected where the sampler's draws need it."""
-    clip = {"name": "ppo_clip", "low": args.epsilon, "high": args.epsilon_high or args.epsilon}
-    corrected = {"old": "recompute", "correction": "truncated"} if sampler.mismatch else {}
-    return build_objective({**CJ_GRPO, "surrogate": clip, "beta": args.beta, "chunk": args.chunk_size, **corrected})
-
-
-def _rewards(functions: Any, weights: list[float] | None) -> list[Reward]:
+def _rewards(functions: Any, weights: list[float] | None, allow_code: bool) -> list[Reward]:
     entries = list(functions) if isinstance(functions, list | tuple) else [functions]
-    rewards = build_rewards(entries)
+    rewards = build_rewards(entries, allow_code_execution=allow_code)
     if weights is None:
         return rewards
     if len(weights) != len(rewards):

@@ -36,7 +36,7 @@ def draw_mass(mass_KV: Tensor, uniform_K: Tensor) -> Tensor:
     chunks = -(-vocabulary // CHUNK)
     if chunks > 1:
         mass_KV = torch.nn.functional.pad(mass_KV, (0, chunks * CHUNK - vocabulary))
-    grid_KCW = mass_KV.view(rows, chunks, -1)
+    grid_KCW = mass_KV.unflatten(1, (chunks, mass_KV.shape[1] // chunks))
     reach_KC = grid_KCW.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     target_K = uniform_K * reach_KC[:, -1]
     chunk_K = (reach_KC <= target_K[:, None]).sum(dim=-1).clamp(max=chunks - 1)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..policies.blocks import places
 from ..policies.store import Store
 from .caches import Layout, Recompute
 from .state import State
@@ -45,12 +46,14 @@ class Call(NamedTuple):
 class Cached:
     """The denoiser behind a store of keys and values, one for each prompt that rows are predicted with.
 
-    `static` rounds the shapes of forwards up to a few; `lockstep` makes it exactly one forward a step, as ranks that
-    share weights need it. How many columns each row computes is looked at once a step.
+    `padded` says whether any prompt is. `static` rounds the shapes of forwards up to a few; `lockstep` makes it exactly
+    one forward a step, as ranks that share weights need it. How many columns each row computes is looked at once a
+    step, and decides what the forwards are.
     """
 
     denoiser: Any
     policy: Callable[..., Recompute]
+    padded: bool = True
     static: bool = False
     lockstep: bool = False
     stores: list[Store] = field(default_factory=list)
@@ -103,7 +106,7 @@ class Cached:
         """Return what the policy wants, completed: what is asked is computed, what is computed is seen."""
         assert self.seen_AT is not None
         prompt, real_AT = prompt_mask_AQ.shape[1], torch.cat([prompt_mask_AQ, state.exists_AL], dim=1)
-        position_AT, block_AT = self.denoiser.places(real_AT)
+        position_AT, block_AT = places(self.denoiser.family, real_AT)
         asked_AT = F.pad(asked_AL, (prompt, 0))
         if self.denoiser.family.logit_shift:
             # The column before a position scores it; the first column has none before it.
@@ -151,9 +154,8 @@ class Cached:
         store.expect(call.row_R, call.column_RC, every_row=call.every_row)
         ids_RT = ids_RT[call.row_R]
         if call.column_RC is None:
-            real_RT = table.real_RT[call.row_R]
             # As without a cache: no mask where nothing is padded.
-            padding = None if bool(real_RT.all()) else real_RT
+            padding = table.real_RT[call.row_R] if self.padded else None
             return self.denoiser.hidden(ids_RT, padding_mask_BT=padding, store=store)
         ids_RC = F.pad(ids_RT, (0, 1)).gather(1, call.column_RC)
         return self.denoiser.columns(ids_RC, call.position_RC, call.mask_R1CK, store)

@@ -90,6 +90,8 @@ class Forward:
     def __post_init__(self) -> None:
         # Asked once: a look at a device's tensor in every step would make the host wait.
         self.padded = not bool(self.prompt_mask_BQ.all())
+        if self.cached is not None:
+            self.cached.padded = self.padded
 
     def __call__(self, state: State, alive_A: Tensor, asked_AL: Tensor, flat_K: Tensor) -> Rows:
         """Return the logits of the canvas positions `flat_K` (row x L + position) of the live rows.

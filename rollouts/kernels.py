@@ -42,6 +42,127 @@ def _load(logits_ptr, offset, column, vocabulary, ids_ptr, banned: tl.constexpr)
 
 
 @triton.jit
+def _scan(value, place, temperature, score_temperature):
+    """Return of a chunk: peak, runner-up, mass of all but the peak at both temperatures, and sum of -w ln w of those.
+
+    Masses are multiples of the peak's. A chunk of banned tokens alone has no mass; its distances would be NaN.
+    """
+    peak = tl.max(value)
+    first = tl.argmax(value, axis=0)
+    others = tl.where(place == first, -float("inf"), value)
+    safe = tl.where(peak == -float("inf"), 0.0, peak)
+    gap = (others - safe) / score_temperature
+    weight = tl.exp(gap)
+    spread = tl.sum(tl.where(weight > 0, -weight * gap, 0.0))
+    drawn = tl.sum(tl.exp((others - safe) / temperature))
+    return peak, first.to(tl.int32), tl.max(others), tl.sum(weight), drawn, spread
+
+
+@triton.jit
+def _merge(high, rest, drawn, spread, low, low_rest, low_drawn, low_spread, temperature, score_temperature):
+    """Return masses and spread of two parts of a row, the second with the lower peak, as multiples of the higher peak.
+
+    The lower part's likeliest becomes an ordinary token, `lag` below the other's: nothing cancels where p rounds to 1.
+    """
+    none = low == -float("inf")
+    lag = tl.where(none, 0.0, (high - low) / score_temperature)
+    fall = tl.where(none, 0.0, tl.exp(-lag))
+    drawn_fall = tl.where(none, 0.0, tl.exp((low - high) / temperature))
+    return (
+        rest + fall * (1 + low_rest),
+        drawn + drawn_fall * (1 + low_drawn),
+        spread + fall * (low_spread + lag * (1 + low_rest)),
+    )
+
+
+@triton.jit
+def _draw(
+    logits_ptr,
+    offset,
+    vocabulary,
+    banned_ptr,
+    peaks,
+    masses,
+    top,
+    uniform,
+    temperature,
+    BANNED: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNKS_2: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Return the token that `uniform` decides: its chunk by the chunks' masses, then its place in the chunk."""
+    number = tl.arange(0, CHUNKS_2)
+    scale = tl.where(peaks == -float("inf"), 0.0, tl.exp((peaks - top) / temperature))
+    reach = tl.cumsum((masses * scale).to(tl.float64), axis=0)
+    target = uniform * tl.max(reach)
+    chunk = tl.minimum(tl.sum(((number < CHUNKS) & (reach <= target)).to(tl.int32)), CHUNKS - 1)
+    before = tl.sum(tl.where(number == chunk - 1, reach, 0.0))
+    column = chunk * WIDTH + tl.arange(0, WIDTH)
+    value = _load(logits_ptr, offset, column, vocabulary, banned_ptr, BANNED)
+    inner = tl.cumsum(tl.exp((value - top) / temperature).to(tl.float64), axis=0)
+    # Rounding may leave the target at the chunk's very end: the last token with mass takes it.
+    wanted = tl.minimum(tl.maximum(target - before, 0.0), tl.max(inner) * (1 - 2.220446049250313e-16))
+    return chunk * WIDTH + tl.sum((inner <= wanted).to(tl.int32))
+
+
+@triton.jit
+def _distance(logits_ptr, offset, column, top, banned_ptr, banned: tl.constexpr):
+    """Return how far one token's logit lies below the row's largest; -inf for a banned one."""
+    forbidden = tl.max(_ids_mask(column + tl.arange(0, 1), banned_ptr, banned).to(tl.int32)) > 0
+    return tl.where(forbidden, -float("inf"), tl.load(logits_ptr + offset + column).to(tl.float32) - top)
+
+
+@triton.jit
+def _scan_row(
+    logits_ptr,
+    offset,
+    vocabulary,
+    banned_ptr,
+    peaks_ptr,
+    masses_ptr,
+    temperature,
+    score_temperature,
+    BANNED: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Return of a row what `_scan` returns of a chunk, and how many logits are NaN; peaks and masses are stored."""
+    place = tl.arange(0, WIDTH)
+    top = tl.full((), -float("inf"), tl.float32)
+    second = tl.full((), -float("inf"), tl.float32)
+    best = tl.full((), 0, tl.int32)
+    broken = tl.full((), 0, tl.int32)
+    rest = tl.full((), 0.0, tl.float32)
+    drawn = tl.full((), 0.0, tl.float32)
+    spread = tl.full((), 0.0, tl.float32)
+    for chunk in range(CHUNKS):
+        value = _load(logits_ptr, offset, chunk * WIDTH + place, vocabulary, banned_ptr, BANNED)
+        broken += tl.sum((value != value).to(tl.int32))
+        value = tl.where(value != value, -float("inf"), value)
+        peak, first, runner, mass, drawn_mass, wide = _scan(value, place, temperature, score_temperature)
+        tl.store(peaks_ptr + chunk, peak)
+        tl.store(masses_ptr + chunk, drawn_mass + tl.where(peak == -float("inf"), 0.0, 1.0))
+        ahead = peak > top
+        second = tl.where(ahead, tl.maximum(runner, top), tl.maximum(second, peak))
+        best = tl.where(ahead, chunk * WIDTH + first, best)
+        rest, drawn, spread = _merge(
+            tl.where(ahead, peak, top),
+            tl.where(ahead, mass, rest),
+            tl.where(ahead, drawn_mass, drawn),
+            tl.where(ahead, wide, spread),
+            tl.where(ahead, top, peak),
+            tl.where(ahead, rest, mass),
+            tl.where(ahead, drawn, drawn_mass),
+            tl.where(ahead, spread, wide),
+            temperature,
+            score_temperature,
+        )
+        top = tl.maximum(top, peak)
+    return top, best, second, rest, drawn, spread, broken
+
+
+@triton.jit
 def _statistics(
     logits_ptr,
     uniform_ptr,
@@ -54,7 +175,7 @@ def _statistics(
     floats_ptr,
     vocabulary,
     temperature,
-    score_temperature,
+    score_t,
     rows,
     BANNED: tl.constexpr,
     EOS: tl.constexpr,
@@ -64,95 +185,40 @@ def _statistics(
     CHUNKS_2: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """Write the statistics of one row: ids `[2, rows]` and floats `[8, rows]`, in the order that `fused` reads."""
     row = tl.program_id(0)
-    offset = row.to(tl.int64) * vocabulary
-    top = tl.full((), -float("inf"), tl.float32)
-    second = tl.full((), -float("inf"), tl.float32)
-    best = tl.full((), 0, tl.int32)
-    # Sums over all tokens but the likeliest so far, as multiples of its mass: nothing cancels where p rounds to 1.
-    rest = tl.full((), 0.0, tl.float32)
-    drawn_rest = tl.full((), 0.0, tl.float32)
-    spread = tl.full((), 0.0, tl.float32)
-    broken = tl.full((), 0, tl.int32)
-    for chunk in range(CHUNKS):
-        column = chunk * WIDTH + tl.arange(0, WIDTH)
-        value = _load(logits_ptr, offset, column, vocabulary, banned_ptr, BANNED)
-        broken += tl.sum((value != value).to(tl.int32))
-        value = tl.where(value != value, -float("inf"), value)
-        peak = tl.max(value)
-        place = tl.argmax(value, axis=0).to(tl.int32) + chunk * WIDTH
-        others = tl.where(column == place, -float("inf"), value)
-        runner = tl.max(others)
-        # A chunk of banned tokens alone has no mass; its distances would be NaN.
-        safe = tl.where(peak == -float("inf"), 0.0, peak)
-        gap = (others - safe) / score_temperature
-        weight = tl.exp(gap)
-        chunk_rest = tl.sum(weight)
-        chunk_spread = tl.sum(tl.where(weight > 0, -weight * gap, 0.0))
-        drawn_weight = tl.sum(tl.exp((others - safe) / temperature))
-        tl.store(peak_ptr + row * CHUNKS_2 + chunk, peak)
-        tl.store(mass_ptr + row * CHUNKS_2 + chunk, drawn_weight + tl.where(peak == -float("inf"), 0.0, 1.0))
-        ahead = peak > top
-        low = tl.where(ahead, top, peak)
-        high = tl.where(ahead, peak, top)
-        lag = tl.where(low == -float("inf"), 0.0, (high - low) / score_temperature)
-        fall = tl.where(low == -float("inf"), 0.0, tl.exp(-lag))
-        drawn_fall = tl.where(low == -float("inf"), 0.0, tl.exp((low - high) / temperature))
-        low_rest = tl.where(ahead, rest, chunk_rest)
-        low_spread = tl.where(ahead, spread, chunk_spread)
-        low_drawn = tl.where(ahead, drawn_rest, drawn_weight)
-        # Of the two parts the lower one's likeliest becomes an ordinary token, `lag` below the other's.
-        rest = tl.where(ahead, chunk_rest, rest) + fall * (1 + low_rest)
-        spread = tl.where(ahead, chunk_spread, spread) + fall * (low_spread + lag * (1 + low_rest))
-        drawn_rest = tl.where(ahead, drawn_weight, drawn_rest) + drawn_fall * (1 + low_drawn)
-        second = tl.where(ahead, tl.maximum(runner, top), tl.maximum(second, peak))
-        best = tl.where(ahead, place, best)
-        top = high
-    total = tl.log(1 + rest)
-    broken_row = (broken > 0) | (top == -float("inf")) | (top == float("inf"))
-    token = best
-    logprob = tl.full((), 0.0, tl.float32)
+    offset, number = row.to(tl.int64) * vocabulary, tl.arange(0, CHUNKS_2)
+    peaks_ptr, masses_ptr = peak_ptr + row * CHUNKS_2, mass_ptr + row * CHUNKS_2
+    top, best, second, rest, drawn_rest, spread, broken = _scan_row(
+        logits_ptr, offset, vocabulary, banned_ptr, peaks_ptr, masses_ptr, temperature, score_t, BANNED, CHUNKS, WIDTH
+    )
+    token, logprob = best, tl.full((), 0.0, tl.float32)
     if not GREEDY:
-        number = tl.arange(0, CHUNKS_2)
-        real = number < CHUNKS
-        peaks = tl.load(peak_ptr + row * CHUNKS_2 + number, mask=real, other=-float("inf"))
-        masses = tl.load(mass_ptr + row * CHUNKS_2 + number, mask=real, other=0.0)
-        scale = tl.where(peaks == -float("inf"), 0.0, tl.exp((peaks - top) / temperature))
-        reach = tl.cumsum((masses * scale).to(tl.float64), axis=0)
-        whole = tl.max(reach)
-        target = tl.load(uniform_ptr + row) * whole
-        chunk = tl.minimum(tl.sum((real & (reach <= target)).to(tl.int32)), CHUNKS - 1)
-        before = tl.sum(tl.where(number == chunk - 1, reach, 0.0))
-        column = chunk * WIDTH + tl.arange(0, WIDTH)
-        value = _load(logits_ptr, offset, column, vocabulary, banned_ptr, BANNED)
-        inner = tl.cumsum(tl.exp((value - top) / temperature).to(tl.float64), axis=0)
-        last = tl.max(inner)
-        # Rounding may leave the target at the chunk's very end: the last token with mass takes it.
-        wanted = tl.minimum(tl.maximum(target - before, 0.0), last * (1 - 2.220446049250313e-16))
-        token = chunk * WIDTH + tl.sum((inner <= wanted).to(tl.int32))
-        chosen = tl.load(logits_ptr + offset + token).to(tl.float32)
-        logprob = (chosen - top) / temperature - tl.log(1 + drawn_rest)
-    picked = tl.exp((tl.load(logits_ptr + offset + token).to(tl.float32) - top) / score_temperature)
-    drawn = tl.log(picked) - tl.log(tl.where(picked == 1.0, rest, 1 + rest - picked))
+        peaks = tl.load(peaks_ptr + number, mask=number < CHUNKS, other=-float("inf"))
+        masses = tl.load(masses_ptr + number, mask=number < CHUNKS, other=0.0)
+        uniform = tl.load(uniform_ptr + row)
+        token = _draw(
+            logits_ptr, offset, vocabulary, banned_ptr, peaks, masses, top, uniform, temperature, BANNED, CHUNKS,
+            CHUNKS_2, WIDTH,
+        )  # fmt: skip
+        logprob = _distance(logits_ptr, offset, token, top, banned_ptr, 0) / temperature - tl.log(1 + drawn_rest)
+    total = tl.log(1 + rest)
+    gap = _distance(logits_ptr, offset, token, top, banned_ptr, 0) / score_t
+    left = tl.where(tl.exp(gap) == 1.0, rest, 1 + rest - tl.exp(gap))
     ended = tl.full((), 0.0, tl.float32)
     for i in tl.static_range(EOS):
-        column = tl.load(eos_ptr + i)
-        forbidden = tl.max(_ids_mask(column + tl.arange(0, 1), banned_ptr, BANNED).to(tl.int32)) > 0
-        value = tl.load(logits_ptr + offset + column).to(tl.float32)
-        ended += tl.where(forbidden, 0.0, tl.exp((value - top) / score_temperature))
+        ended += tl.exp(_distance(logits_ptr, offset, tl.load(eos_ptr + i), top, banned_ptr, BANNED) / score_t)
     now = tl.full((), 0.0, tl.float32)
     if CURRENT:
-        column = tl.load(current_ptr + row)
-        now = (tl.load(logits_ptr + offset + column).to(tl.float32) - top) / score_temperature - total
-        forbidden = tl.max(_ids_mask(column + tl.arange(0, 1), banned_ptr, BANNED).to(tl.int32)) > 0
-        now = tl.where(forbidden, -float("inf"), now)
+        now = _distance(logits_ptr, offset, tl.load(current_ptr + row), top, banned_ptr, BANNED) / score_t - total
+    broken_row = (broken > 0) | (top == -float("inf")) | (top == float("inf"))
     tl.store(ids_ptr + row, token.to(tl.int64))
     tl.store(ids_ptr + rows + row, best.to(tl.int64))
     tl.store(floats_ptr + row, logprob)
     tl.store(floats_ptr + rows + row, tl.where(broken_row, float("nan"), -total))
     tl.store(floats_ptr + 2 * rows + row, -tl.log(rest))
-    tl.store(floats_ptr + 3 * rows + row, drawn)
-    tl.store(floats_ptr + 4 * rows + row, (second - top) / score_temperature - total)
+    tl.store(floats_ptr + 3 * rows + row, gap - tl.log(left))
+    tl.store(floats_ptr + 4 * rows + row, (second - top) / score_t - total)
     tl.store(floats_ptr + 5 * rows + row, total + spread / (1 + rest))
     tl.store(floats_ptr + 6 * rows + row, tl.log(ended) - total)
     tl.store(floats_ptr + 7 * rows + row, now)

@@ -201,7 +201,7 @@ def measure_rows(
     entries = CHUNK_ENTRIES.get(uniform_K.device.type, CHUNK_ENTRIES["other"])
     size = max(1, min(rows, entries // vocabulary))
     parts: list[Statistics] = []
-    for start in range(0, rows, size):
+    for start in range(0, max(rows, 1), size):
         stop = min(start + size, rows)
         current = None if current_K is None else current_K[start:stop]
         parts.append(_pass(logits(start, stop), uniform_K[start:stop], request, current))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,10 +23,19 @@ from .sampler import Sampler
 from .trajectory import EDITED, Trajectory
 
 if TYPE_CHECKING:
-    from ..rewards.scoring import RewardTable
+    from ..rewards.scoring import RewardTable, Scoring
 
 Row = dict[str, Any]
 Scorer = Callable[[list[Row], list[Any], list[Any], list[list[int]]], "RewardTable"]
+
+
+@runtime_checkable
+class ChunkScorer(Protocol):
+    """A scorer that takes a batch in chunks, so that slow rewards run while the next chunk is denoised."""
+
+    def begin(self) -> Scoring: ...
+
+    def finish(self, scoring: Scoring) -> RewardTable: ...
 
 
 @dataclass
@@ -83,11 +92,26 @@ class RolloutWorker:
         ranks which share a batch draw what one process would.
         """
         repeated = [row for row in rows for _ in range(self.group)]
+        prompts = [row.get("prompt") for row in repeated]
+        scoring = self.scorer.begin() if isinstance(self.scorer, ChunkScorer) else None
+        completion_ids: list[list[int]] = []
+        completions: list[str] = []
+
+        def judge(part: Trajectory) -> None:
+            ids, texts = self.decode(part)
+            chunk = slice(len(completions), len(completions) + len(texts))
+            completion_ids.extend(ids)
+            completions.extend(texts)
+            if scoring is not None:
+                scoring.add(repeated[chunk], prompts[chunk], texts, ids)
+
         started = time.perf_counter()
-        trajectory = self.rollout(rows, step=step, first_id=first_id)
+        trajectory = self.rollout(rows, step=step, first_id=first_id, finished=judge)
         seconds = time.perf_counter() - started
-        completion_ids, completions = self.decode(trajectory)
-        rewards = self.scorer(repeated, [row["prompt"] for row in repeated], completions, completion_ids)
+        if isinstance(self.scorer, ChunkScorer) and scoring is not None:
+            rewards = self.scorer.finish(scoring)
+        else:
+            rewards = self.scorer(repeated, prompts, completions, completion_ids)
         group_B = torch.arange(len(rows)).repeat_interleave(self.group) + first_id
         tokens = sum(map(len, completion_ids))
         ended_B = torch.isin(trajectory.tokens_BL, torch.tensor(trajectory.eos_token_ids)).any(dim=1)
@@ -105,8 +129,18 @@ class RolloutWorker:
         batch.metrics["time/tokens_per_s"] = tokens / max(seconds, 1e-9)
         return batch
 
-    def rollout(self, rows: Sequence[Row], *, step: int, first_id: int = 0) -> Trajectory:
-        """Return the trajectories of `group` completions of every row, in row order."""
+    def rollout(
+        self,
+        rows: Sequence[Row],
+        *,
+        step: int,
+        first_id: int = 0,
+        finished: Callable[[Trajectory], None] = lambda part: None,
+    ) -> Trajectory:
+        """Return the trajectories of `group` completions of every row, in row order.
+
+        `finished` gets every `micro_batch` of them as soon as it is decided.
+        """
         if not rows:
             raise RecipeError("rollout: there are no task rows to roll out; the dataset is empty.")
         prompts = [self.prompt(row, index) for index, row in enumerate(rows)]
@@ -137,6 +171,7 @@ class RolloutWorker:
                 draft_BL=draft_BL.to(device),
             )
             parts.append(part.to("cpu"))
+            finished(parts[-1])
         return Trajectory.cat(parts)
 
     def canvases(self, rows: Sequence[Row], rollout_id_B: Tensor, *, step: int) -> tuple[Tensor, Tensor]:

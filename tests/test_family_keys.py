@@ -156,7 +156,7 @@ def test_every_published_tensor_is_used_once(name: str) -> None:
 def test_names_translate_both_ways(name: str) -> None:
     """One table a family, read from either end: no two names meet, and each comes back."""
     layout = layout_of(name)
-    vendor = keys(layout, CONFIGS[name])
+    vendor = keys(layout, CONFIGS[name] | {"n_layers": 12, "num_hidden_layers": 2})
     stock = {layout.to_stock(key) for key in vendor}
     assert len(stock) == len(vendor)
     assert {layout.to_vendor(key) for key in stock} == set(vendor)

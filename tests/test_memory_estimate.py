@@ -15,9 +15,10 @@ from torch import Tensor
 from unmask.policies.adapters import attach_adapter, lora_config
 from unmask.policies.families import LLADA
 from unmask.policies.layout import CheckpointError
-from unmask.policies.loading import load_denoiser, new_denoiser, ntk_theta, stock_config, tiny_folder
+from unmask.policies.loading import TINY, load_denoiser, new_denoiser, ntk_theta, stock_config, tiny_folder
 from unmask.policies.published import CONFIGS
 from unmask.policies.resolving import read_config
+from unmask.policies.tokenizers import byte_tokenizer
 from unmask.recipes.loading import load_recipe
 from unmask.recipes.schema import Recipe
 from unmask.rl.memory import estimate, on_meta, saved_bytes
@@ -30,12 +31,31 @@ def recipe(*overrides: str) -> Recipe:
     return loaded
 
 
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
 @pytest.mark.parametrize(
-    "overrides", [[], ["model.lora=null"], ["model.dtype=bfloat16"], ["model.lora.targets=[q_proj, o_proj]"]]
+    "overrides",
+    [
+        [],
+        ["model.lora=null"],
+        ["model.dtype=bfloat16"],
+        ["model.lora.targets=[q_proj, o_proj]"],
+        [f"model.path={FIXTURES / 'llada2'}", "model.mask_token_id=322", "model.block_length=8"],
+        [f"model.path={FIXTURES / 'sdar_moe'}", "model.mask_token_id=313", "model.block_length=4"],
+    ],
 )
 def test_activations_are_what_autograd_holds(overrides: list[str]) -> None:
     chosen = recipe(*overrides)
-    denoiser = load_policy(chosen)
+    path = tiny_folder() if chosen.model.path == TINY else Path(chosen.model.path)
+    section = chosen.model
+    denoiser = load_denoiser(
+        str(path),
+        dtype=section.dtype,
+        mask_token_id=section.mask_token_id,
+        block_length=section.block_length,
+        tokenizer=byte_tokenizer(),
+    )
     if chosen.model.lora is not None:
         denoiser = attach_adapter(denoiser, lora_config(denoiser, **chosen.model.lora.model_dump()))
     else:
@@ -50,12 +70,13 @@ def test_activations_are_what_autograd_holds(overrides: list[str]) -> None:
 
     ids = torch.randint(0, 256, (rows, tokens), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(scored)
+    padding_mask = torch.arange(tokens) >= torch.arange(rows)[:, None]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = denoiser.hidden(ids).flatten(0, 1)[positions]
+        hidden = denoiser.hidden(ids, padding_mask_BT=padding_mask).flatten(0, 1)[positions]
         loss = F.log_softmax(denoiser.head(hidden), dim=-1).gather(1, ids.flatten()[:scored, None]).sum()
     measured = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
     loss.backward()
-    counted = saved_bytes(on_meta(chosen, read_config(tiny_folder())), rows, tokens, scored)
+    counted = saved_bytes(on_meta(chosen, read_config(path)), rows, tokens, scored)
     assert abs(counted - measured) <= 0.05 * measured, (counted, measured)
 
 
@@ -101,6 +122,14 @@ def test_published_sizes(name: str, weights: int) -> None:
     # LLaDA2's routers hold 19 x 256 biases in float32 here and in bfloat16 there.
     assert found is not None and abs(found.weights - weights) <= 19 * 256 * 2
     assert found.total < 80e9
+
+
+@pytest.mark.parametrize("name", ["llada8b_4bit", "dream7b_4bit", "sdar4b_4bit", "llada2_mini_4bit"])
+def test_4_bit_recipes_fit_a_device_of_24_gb(name: str) -> None:
+    loaded = load_recipe(f"{name}.yaml", ["task={name: arithmetic}", "rewards=[{name: arithmetic}]"])
+    assert isinstance(loaded, Recipe)
+    found = estimate(loaded)
+    assert found is not None and found.total < 20e9, "and leaves room for what an allocator wastes"
 
 
 def test_an_unknown_hub_model_is_not_guessed() -> None:

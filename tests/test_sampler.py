@@ -31,7 +31,7 @@ SCHEDULES = {
     "origin": {"name": "origin", "steps": 5},
     "ascending": {"name": "ascending", "blocks": 2},
     "dilated": {"name": "dilated", "size": 6},
-    "cross_blocks": {"name": "cross_blocks", "block": 4, "per_step": 2},
+    "cross_blocks": {"name": "cross_blocks", "size": 4, "ahead": 1, "per_step": 2},
 }
 SELECTIONS = {
     "top": {"name": "top"},

@@ -99,7 +99,7 @@ def test_a_draw_exactly_at_a_level_passes(name: str) -> None:
     score_BL = torch.nn.functional.logsigmoid(token_odds(torch.zeros(3, 2, dtype=torch.float64)))[:, :1].T
     assert sampler.choose(State.of(torch.full((1, 3), MASK), MASK), score_BL, Quota(window_BL, torch.ones(1))).all()
     # Had one been left open, no draw of its could explain it.
-    chosen_BL = torch.tensor([[True, False, True]])
+    chosen_BL = torch.tensor([[True, True, False]])
     state, scored = State.of(torch.full((1, 3), MASK), MASK), Scored(score_BL, chosen_BL, chosen_BL.long(), window_BL)
     assert choice_logprob(sampler, torch.zeros(3, 2, dtype=torch.float64), scored, state, ()) == -torch.inf
 
@@ -157,13 +157,13 @@ def model() -> Denoiser:
     return denoiser
 
 
-def rollouts(model: Denoiser, sampler: Sampler, static: bool = False) -> Trajectory:
+def rollouts(model: Denoiser, sampler: Sampler, static: bool = False, seed: int = 3) -> Trajectory:
     rng = torch.Generator().manual_seed(0)
     prompt_BQ = torch.randint(0, 256, (5, 6), generator=rng)
     mask_BQ = torch.arange(6) >= torch.arange(5)[:, None]
     canvas_BL = torch.full((5, 12), model.family.mask_token_id)
     canvas_BL[1, 4:6] = 65
-    return denoise(model, sampler, prompt_BQ, mask_BQ, canvas_BL, torch.arange(5), seed=3, static=static)
+    return denoise(model, sampler, prompt_BQ, mask_BQ, canvas_BL, torch.arange(5), seed=seed, static=static)
 
 
 REAL = {
@@ -196,13 +196,26 @@ def test_the_first_ratio_is_one(model: Denoiser, name: str, static: bool) -> Non
     assert plan.behaviour_A[choices].min() < -0.05
 
 
-def test_static_shapes_change_no_choice(model: Denoiser) -> None:
-    """Rows of a step are then padded to the block: each tail must still be that of its own position."""
-    sampler = sampler_of("top", schedule={"name": "blocks", "size": 6, "per_step": 1})
-    dynamic, static = (rollouts(model, sampler, flag) for flag in (False, True))
+@pytest.mark.parametrize("seed", range(8))
+def test_static_shapes_change_no_choice(model: Denoiser, seed: int) -> None:
+    """Rows of a step are then padded to the block: each tail must still be that of its own position, and counted once.
+
+    The padding points at the very last position, so some seed must leave that one open beside padded rows.
+    """
+    sampler = sampler_of("top", schedule={"name": "blocks", "size": 6, "per_step": 1}, eos={"rule": "none"})
+    dynamic, static = (rollouts(model, sampler, flag, seed) for flag in (False, True))
     assert torch.equal(dynamic.tokens_BL, static.tokens_BL)
     steps = dynamic.choice_logprob_BS.shape[1]
     torch.testing.assert_close(static.choice_logprob_BS[:, :steps], dynamic.choice_logprob_BS, rtol=0, atol=1e-5)
+
+
+def test_the_last_allowed_step_decides_the_whole_canvas_in_static_shapes_too(model: Denoiser) -> None:
+    """Two steps for three blocks of 4: the second takes all that is left, beyond its block."""
+    blocks = {"schedule": {"name": "blocks", "size": 4, "per_step": 1}, "max_steps": 2, "eos": {"rule": "none"}}
+    dynamic, static = (rollouts(model, sampler_of("top", "confidence", **blocks), flag) for flag in (False, True))
+    assert torch.equal(dynamic.tokens_BL, static.tokens_BL)
+    assert static.logprob_BL.isfinite().all()
+    assert dynamic.steps_B.tolist() == static.steps_B.tolist() == [2] * 5
 
 
 def test_ranks_are_the_order_of_the_draws(model: Denoiser) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from unmask.recipes.registry import SLOTS, RecipeError
 from unmask.rollouts.categorical import log_odds, log_probs
 from unmask.rollouts.choices import tail_logprob
-from unmask.rollouts.measures import Request, measure, token_odds
+from unmask.rollouts.measures import Request, Statistics, measure, token_odds
 from unmask.rollouts.sampler import build_sampler
 from unmask.rollouts.schedules import Quota
 from unmask.rollouts.selection import rank
@@ -267,6 +267,34 @@ def test_threshold() -> None:
 def test_threshold_refuses_levels_that_are_no_probability(level: float) -> None:
     with pytest.raises(RecipeError, match=rf"selection.level: {level} must lie in \(0, 1\]"):
         chosen({"name": "threshold", "level": level}, [-1.0, -2.0], 1)
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ({"name": "confident", "level": 0.0}, r"selection.level: 0.0 must lie in \(0, 1\]"),
+        ({"name": "factor", "f": 0.0}, r"selection.f: 0.0 must be above 0"),
+        ({"name": "frechet", "f": -1}, r"selection.f: -1.0 must be above 0"),
+        ({"name": "entropy_budget", "nats": -0.1}, r"selection.nats: -0.1 must be at least 0"),
+        ({"name": "plackett_luce", "temperature": 0}, r"selection.temperature: 0.0 must be above 0"),
+        ({"name": "plackett_luce", "of": "odds"}, r"'odds' is not allowed"),
+        ({"name": "local_leap", "relaxed": 0.95}, r"selection.relaxed: 0.95 must lie in \(0, level\], here 0.9"),
+        ({"name": "local_leap", "radius": 0}, r"selection.radius: 0 must be at least 1"),
+        ({"name": "hierarchical", "low": 0.0}, r"selection.low: 0.0 must lie in \(0, level\]"),
+        ({"name": "stable", "steps": 0}, r"selection.steps: 0 must be at least 1"),
+        ({"name": "slow_fast", "reach": 1.1}, r"selection.reach: 1.1 must lie in \(0, 1\]"),
+        ({"name": "slow_fast", "explore": 0}, r"selection.explore: 0 must be at least 1"),
+        ({"name": "slow_fast", "spread": 0}, r"selection.spread: 0.0 must be above 0"),
+        ({"name": "explore", "probes": 0}, r"selection.probes: 0 must be at least 1"),
+    ],
+)
+def test_selections_refuse(selection: dict, message: str) -> None:
+    window_BL = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(RecipeError, match=message):
+        sampler = build_sampler({"schedule": {"name": "whole"}, "selection": selection})
+        state = State.of(torch.full((1, 3), MASK), MASK)
+        state.statistics = Statistics.blank(1, 3)
+        sampler.choose(state, torch.zeros(1, 3), Quota(window_BL, torch.ones(1).long()))
 
 
 @pytest.mark.parametrize(("temperature", "score_temperature"), [(1.0, 1.0), (0.7, 1.3), (1.5, 0.5)])

@@ -92,6 +92,14 @@ def test_realigned_time_equals_dimples_loop(masked: int, steps: int) -> None:
     assert min(expected) >= 1
 
 
+def test_realigned_time_never_goes_back() -> None:
+    """Where nothing was committed so far, the next time is still that of the step: floor(30 - 30 t_6) of 10 steps."""
+    masked_BL = torch.ones(1, 30, dtype=torch.bool)
+    part = SLOTS["schedule"].build({"name": "time", "steps": 10, "realign": True})
+    for step, expected in ((0, 2), (5, 17), (8, 26), (9, 30), (12, 30)):
+        assert part(masked_BL, torch.tensor([step]), torch.tensor([30])).count_B.tolist() == [expected]
+
+
 def test_time_follows_a_rows_own_masks() -> None:
     """samplers.md 8.20: the released schedule takes the batch's mean."""
     masked_BL = torch.arange(100) < torch.tensor([[100], [20], [60]])
@@ -188,7 +196,7 @@ def slow_rounds(size: int, base: int) -> list[list[int]]:
     return rounds
 
 
-@pytest.mark.parametrize(("size", "base"), [(32, 2), (16, 2), (16, 4), (12, 2), (8, 3), (9, 3), (1, 2), (6, 5)])
+@pytest.mark.parametrize(("size", "base"), [(32, 2), (16, 2), (16, 4), (12, 2), (8, 3), (7, 3), (9, 3), (1, 2), (6, 5)])
 def test_dilated_equals_its_rounds(size: int, base: int) -> None:
     found = plan({"name": "dilated", "size": size, "base": base}, [MASK] * (2 * size))
     rounds = slow_rounds(size, base)
@@ -218,7 +226,7 @@ def test_open_blocks() -> None:
     masked_BL = torch.ones(3, 12, dtype=torch.bool)
     masked_BL[1, :4], masked_BL[1, 6] = False, False
     masked_BL[2, :8] = False
-    part = SLOTS["schedule"].build({"name": "cross_blocks", "block": 4, "ahead": 1, "per_step": 3})
+    part = SLOTS["schedule"].build({"name": "cross_blocks", "size": 4, "ahead": 1, "per_step": 3})
     quota: Quota = part(masked_BL, torch.zeros(3).long(), masked_BL.sum(1))
     assert [row.nonzero().squeeze(1).tolist() for row in quota.window_BL] == [
         list(range(8)),
@@ -226,7 +234,7 @@ def test_open_blocks() -> None:
         [8, 9, 10, 11],
     ]
     assert quota.count_B.tolist() == [3, 3, 3]
-    assert counts({"name": "cross_blocks", "block": 4, "ahead": 0, "per_step": 4}, 12) == [4, 4, 4]
+    assert counts({"name": "cross_blocks", "size": 4, "ahead": 0, "per_step": 4}, 12) == [4, 4, 4]
     assert counts({"name": "whole", "per_step": 5}, 12) == [5, 5, 2]
 
 
@@ -240,8 +248,11 @@ def test_open_blocks() -> None:
         ({"name": "ascending", "blocks": 0}, r"schedule.blocks: 0 must be at least 1"),
         ({"name": "dilated", "size": 5}, r"blocks of 5 do not divide the canvas of 12"),
         ({"name": "dilated", "size": 4, "base": 1}, r"schedule.base: 1 must be at least 2"),
-        ({"name": "cross_blocks", "block": 4, "ahead": -1}, r"schedule.ahead: -1 must be at least 0"),
-        ({"name": "cross_blocks", "block": 4, "per_step": 5}, r"per_step: 5 must lie between 1 and the block size 4"),
+        ({"name": "cross_blocks", "size": 4, "ahead": -1}, r"schedule.ahead: -1 must be at least 0"),
+        (
+            {"name": "cross_blocks", "size": 4, "ahead": 1, "per_step": 5},
+            r"per_step: 5 must lie between 1 and the block size 4",
+        ),
     ],
 )
 def test_schedules_refuse(schedule: dict, message: str) -> None:

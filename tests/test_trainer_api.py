@@ -18,8 +18,8 @@ from unmask.policies.tokenizers import byte_tokenizer
 from unmask.recipes.registry import SLOTS
 from unmask.rl.advantages import leave_one_out
 from unmask.rl.checkpoints import CheckpointReadError
+from unmask.rl.defaults import CJ_GRPO
 from unmask.rl.losses import NonFiniteError
-from unmask.rl.trainer import CJ_GRPO
 
 ROWS = [{"prompt": f"{a} + {b}", "answer": str(a + b)} for a in range(4) for b in range(3)]
 

@@ -15,6 +15,7 @@ from unmask.recipes.loading import import_parts, load_samplers
 from unmask.recipes.registry import SLOTS
 
 BLOCK = 8
+PLAIN = ("llada_low_confidence", "fast_dllm_threshold", "rcr")  # with every cache in the fast tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def sections(config: pytest.Config) -> dict[str, dict[str, Any]]:
     """Return the sampler sections under test by name, cut to the suite's small canvas."""
     shipped = {name: row["sampler"] for name, row in load_samplers().items()}
+    import_parts("schedule")
     chosen = config.getoption("--sampler") or list(shipped)
     found = {}
     for name in chosen:
@@ -34,9 +36,10 @@ def sections(config: pytest.Config) -> dict[str, dict[str, Any]]:
 
 def small(section: dict[str, Any]) -> dict[str, Any]:
     """Return the section with blocks of at most BLOCK, so that a canvas of 16 or 24 has several."""
-    schedule = dict(section["schedule"])
-    if "size" in schedule:
-        schedule["size"] = min(schedule["size"], BLOCK)
+    schedule = {"name": section["schedule"]} if isinstance(section["schedule"], str) else dict(section["schedule"])
+    knob = SLOTS["schedule"].knobs(schedule["name"]).get("size")
+    if knob is not None:
+        schedule["size"] = min(schedule.get("size", knob.default), BLOCK)
         if "per_step" in schedule:
             schedule["per_step"] = min(schedule["per_step"], BLOCK)
     small = {**section, "schedule": schedule}
@@ -50,10 +53,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     found = sections(metafunc.config)
     if "cache" in metafunc.fixturenames:
         import_parts("cache")
-        pairs = [(name, cache) for name in found for cache in (None, *SLOTS["cache"])]
-        metafunc.parametrize(
-            ("section", "cache"), [(found[n], c) for n, c in pairs], ids=[f"{n}-{c}" for n, c in pairs]
-        )
+        quick = set(found) if metafunc.config.getoption("--sampler") else set(PLAIN)
+        cases = [
+            pytest.param(
+                found[name],
+                cache,
+                id=f"{name}-{cache}",
+                marks=[] if cache is None or name in quick else [pytest.mark.slow],
+            )
+            for name in found
+            for cache in (None, *SLOTS["cache"])
+        ]
+        metafunc.parametrize(("section", "cache"), cases)
     elif "section" in metafunc.fixturenames:
         metafunc.parametrize("section", list(found.values()), ids=list(found))
 
