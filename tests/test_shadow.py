@@ -201,7 +201,7 @@ class Stubborn:
         return getattr(self.inner, name)
 
     def head(self, hidden: Tensor) -> Tensor:
-        return self.logits_V.expand(*hidden.shape[:-1], -1)
+        return self.logits_V.expand(*hidden.shape[:-1], -1).clone()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
