@@ -22,7 +22,7 @@ from .registry import SLOTS, RecipeError, nearest
 from .schema import InSlot, Recipe, RewardEntry, SftEvaluationSection, SftRecipe
 
 PART_MODULES = {
-    "task": "recipes.tasks",
+    "task": "recipes.problems",
     "schedule": "rollouts.schedules",
     "score": "rollouts.scores",
     "selection": "rollouts.selection",
