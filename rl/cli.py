@@ -13,6 +13,7 @@ import typer
 
 from .. import __version__
 from ..recipes.registry import RecipeError
+from .cli_checks import data_app, reward_app
 
 app = typer.Typer(
     name="unmask",
@@ -40,9 +41,10 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     return [argument for argument in arguments if "=" not in argument], overrides
 
 
-def _one_target(
+def one_target(
     arguments: list[str] | None, what: str = "recipe", otherwise: Path | None = None
 ) -> tuple[str, list[str]]:
+    """Return the one name among a command's arguments (`otherwise` where there is none) and its overrides."""
     names, overrides = split_arguments(arguments or [])
     if not names and otherwise is not None:
         names = [str(otherwise)]
@@ -52,7 +54,8 @@ def _one_target(
     return names[0], overrides
 
 
-def _load(target: str, overrides: list[str], kind: str) -> Any:
+def load(target: str, overrides: list[str], kind: str) -> Any:
+    """Return a recipe, which must be of this kind."""
     from ..recipes.loading import load_recipe
 
     recipe = load_recipe(target, overrides)
@@ -70,13 +73,14 @@ def _check_launch(recipe: Any, nproc: int) -> None:
     check_data(recipe)
 
 
-def _check_output(path: Path | None) -> None:
+def check_output(path: Path | None) -> None:
     """Refuse a result file that cannot be written, before the work and not after it."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise RecipeError(f"--json: cannot write '{path}'; its folder must exist and it must be no folder itself.")
 
 
-def _write_json(path: Path | None, value: Any) -> None:
+def write_json(path: Path | None, value: Any) -> None:
+    """Write a command's result where --json says."""
     if path is not None:
         path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
 
@@ -99,13 +103,13 @@ def train(
 
     With --resume alone, the run's own recipe is used.
     """
-    target, overrides = _one_target(arguments, otherwise=resume)
-    _check_output(json_file)
-    recipe = _load(target, overrides, "rl")
+    target, overrides = one_target(arguments, otherwise=resume)
+    check_output(json_file)
+    recipe = load(target, overrides, "rl")
     _check_launch(recipe, nproc)
     from . import run
 
-    _write_json(json_file, run.train(recipe, nproc=nproc, resume=resume))
+    write_json(json_file, run.train(recipe, nproc=nproc, resume=resume))
 
 
 @app.command()
@@ -113,13 +117,13 @@ def sft(
     arguments: OptionalRecipe = None, nproc: Processes = 1, resume: Resume = None, json_file: JsonFile = None
 ) -> None:
     """Train on worked solutions (recipes of kind sft)."""
-    target, overrides = _one_target(arguments, otherwise=resume)
-    _check_output(json_file)
-    recipe = _load(target, overrides, "sft")
+    target, overrides = one_target(arguments, otherwise=resume)
+    check_output(json_file)
+    recipe = load(target, overrides, "sft")
     _check_launch(recipe, nproc)
     from . import run
 
-    _write_json(json_file, run.sft(recipe, nproc=nproc, resume=resume))
+    write_json(json_file, run.sft(recipe, nproc=nproc, resume=resume))
 
 
 @app.command()
@@ -132,11 +136,11 @@ def evaluate(
 
     Reported with n, standard error, NFE and tokens a second.
     """
-    target, overrides = _one_target(arguments, "run, model or recipe")
-    _check_output(json_file)
+    target, overrides = one_target(arguments, "run, model or recipe")
+    check_output(json_file)
     from . import run
 
-    _write_json(json_file, run.evaluate(target, overrides=overrides, problems=problems))
+    write_json(json_file, run.evaluate(target, overrides=overrides, problems=problems))
 
 
 @app.command()
@@ -145,7 +149,7 @@ def sample(
     prompt: Annotated[str | None, typer.Option("--prompt", help="Prompt; without it a held-out problem.")] = None,
 ) -> None:
     """Show a canvas being unmasked in the terminal."""
-    target, overrides = _one_target(arguments, "run, model or recipe")
+    target, overrides = one_target(arguments, "run, model or recipe")
     from . import show
 
     show.sample(target, prompt=prompt, overrides=overrides)
@@ -161,8 +165,8 @@ def check(
 
     Prints what the run will do: canvas, NFE at most, rollouts and forwards a step.
     """
-    target, overrides = _one_target(arguments)
-    _check_output(json_file)
+    target, overrides = one_target(arguments)
+    check_output(json_file)
     from ..recipes.loading import dump_recipe, load_recipe
     from .cli_summary import print_summary, summary
 
@@ -172,7 +176,11 @@ def check(
         typer.echo(dump_recipe(recipe), nl=False)
     else:
         print_summary(facts)
-    _write_json(json_file, facts)
+    write_json(json_file, facts)
+
+
+app.add_typer(data_app, name="data")
+app.add_typer(reward_app, name="reward")
 
 
 @app.command()
@@ -222,7 +230,7 @@ def schema(
     """Write the JSON schema of recipes for editors."""
     from ..recipes.editor import schema_text
 
-    _check_output(out)
+    check_output(out)
     if out is None:
         typer.echo(schema_text(), nl=False)
     else:
@@ -238,10 +246,10 @@ def doctor(
     json_file: JsonFile = None,
 ) -> None:
     """Print versions, devices and what is wrong."""
-    _check_output(json_file)
+    check_output(json_file)
     from .doctor import doctor as examine
 
-    _write_json(json_file, examine(model=model, family=family, mask_token_id=mask, block_length=block))
+    write_json(json_file, examine(model=model, family=family, mask_token_id=mask, block_length=block))
 
 
 @app.command()
@@ -256,10 +264,10 @@ def export(
 
     The adapter is merged into its base in float32, and the result is verified.
     """
-    _check_output(json_file)
+    check_output(json_file)
     from .export import export as write
 
-    _write_json(json_file, write(run, to, layout=layout, dtype=dtype))
+    write_json(json_file, write(run, to, layout=layout, dtype=dtype))
 
 
 @app.command()
