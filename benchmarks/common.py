@@ -20,9 +20,17 @@ def mean_and_error(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "stderr": math.sqrt(variance / n) if n > 1 else math.nan, "n": n}
 
 
-def save(name: str, result: dict[str, Any], path: Path | None, *, seeds: dict[str, int], device: str = "cpu") -> Path:
+def save(
+    name: str,
+    result: dict[str, Any],
+    path: Path | None,
+    *,
+    seeds: dict[str, int],
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> Path:
     """Write `result` with a manifest to `path`, or to benchmarks/results/NAME.json."""
     target = path or RESULTS / f"{name}.json"
-    record = {"benchmark": name, "result": result, "manifest": manifest(device=device, dtype="float32", seeds=seeds)}
+    record = {"benchmark": name, "result": result, "manifest": manifest(device=device, dtype=dtype, seeds=seeds)}
     write_json(target, json.loads(json.dumps(record)))
     return target

@@ -23,11 +23,11 @@ from unmask.rl.objective import build_objective
 from unmask.rollouts.sampler import build_sampler
 from unmask.rollouts.worker import RolloutWorker
 
-SELECTIONS = [
-    "top",
-    {"name": "threshold", "level": 0.9},
-    "sampled_confidence",
-    {"name": "sampled_confidence", "exact": False},
+CHOICES: list[dict[str, Any]] = [
+    {"selection": "top"},
+    {"selection": {"name": "threshold", "level": 0.9}},
+    {"score": "sampled_confidence"},
+    {"score": "sampled_confidence", "exact": False},
 ]
 
 
@@ -54,8 +54,8 @@ def main() -> None:
     task = SLOTS["task"].build({"name": "arithmetic", "level": "easy"})("train", seed=0)
     rows = [task.row(index) for index in range(8)]
     results = []
-    for selection in SELECTIONS:
-        section = {"schedule": {"name": "blocks", "size": 16, "per_step": 4}, "selection": selection}
+    for choice in CHOICES:
+        section = {"schedule": {"name": "blocks", "size": 16, "per_step": 4}, **choice}
         sampler, witness = build_sampler(section), Witness(denoiser, 64)
         scorer = partial(score, build_rewards(["arithmetic"]))
         worker = RolloutWorker(witness, denoiser.tokenizer, sampler, scorer, 4, 64, 10**6, seed=0)
@@ -74,7 +74,7 @@ def main() -> None:
         denoiser.model.zero_grad()
         results.append(
             {
-                "selection": selection,
+                **choice,
                 "canvases_bit_equal": all(equal),
                 "denoiser_calls": len(equal),
                 "ratio_max_deviation": statistics["ratio_max_deviation"],

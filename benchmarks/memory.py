@@ -16,7 +16,8 @@ from common import save
 
 from unmask.policies.loading import new_denoiser
 from unmask.rl.objective import build_objective
-from unmask.rollouts.sampler import build_sampler, denoise
+from unmask.rollouts.engine import denoise
+from unmask.rollouts.sampler import build_sampler
 
 CANVAS, ROLLOUTS, PROMPT, CHUNK = 64, 64, 32, 32
 

@@ -40,7 +40,8 @@ def attach_adapter(denoiser: Denoiser, config: Any, *, seed: int = 0) -> Denoise
     # peft draws the adapter's first factor from the global generator: give it one of ours for the moment.
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        model = get_peft_model(denoiser.model, config)
+        # On the meta device nothing is drawn; peft would do so on the CPU first.
+        model = get_peft_model(denoiser.model, config, low_cpu_mem_usage=denoiser.device.type == "meta")
     names = adapted_modules(model)
     kinds = sorted({name.rpartition(".")[2] for name in names})
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -54,6 +55,8 @@ def check_targets(model: nn.Module, targets: Any, *, mixture: bool = False) -> N
     In a mixture of experts also for targets outside the attention: experts are stacked into 3D parameters there, peft
     turns these names into all of them, and silently leaves shared experts and dense layers without an adapter.
     """
+    if not targets:
+        raise RecipeError("model.lora.targets: the peft config names no target_modules; list attention and MLP layers.")
     if isinstance(targets, str):  # a regular expression or "all-linear": peft itself refuses what matches nothing
         if mixture:
             raise RecipeError(

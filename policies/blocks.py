@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+
+from .layout import Family
 
 PADDING = 1 << 30  # the block of padded tokens: later than all others, so that nothing else sees them
 
@@ -76,6 +79,28 @@ def positions(shape: torch.Size, padding_mask_BT: Tensor | None, start_B: Tensor
     return position_BT if start_B is None else position_BT + start_B[:, None]
 
 
+def block_ids(family: Family, position_BT: Tensor, padding_mask_BT: Tensor | None, stored: int = 0) -> Tensor:
+    """Return each token's block: of its own position, or of its column where rows are padded to whole blocks.
+
+    `stored` columns precede those at hand.
+    """
+    length = family.block_length or 1
+    block_BT = position_BT // length
+    if family.alignment == "left_pad_to_block":
+        column_T = torch.arange(stored, stored + position_BT.shape[1], device=position_BT.device)
+        block_BT = (column_T // length).expand(position_BT.shape)
+    return block_BT if padding_mask_BT is None else block_BT.masked_fill(~padding_mask_BT.bool(), PADDING)
+
+
+def places(family: Family, padding_mask_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return position and block of every column as `Denoiser.hidden` counts them; no blocks with full attention."""
+    device = padding_mask_BT.device
+    if family.attention == "full":
+        return torch.arange(padding_mask_BT.shape[1], device=device).expand(padding_mask_BT.shape), None
+    position_BT = positions(padding_mask_BT.shape, padding_mask_BT, None, device)
+    return position_BT, block_ids(family, position_BT, padding_mask_BT)
+
+
 def block_mask(query_BQ: Tensor, key_BK: Tensor) -> Tensor:
     """Return bool [B, 1, Q, K], true where a query may attend: keys of its own block and of earlier ones."""
     return (query_BQ[:, :, None] >= key_BK[:, None, :])[:, None]
@@ -91,6 +116,14 @@ def doubled_mask(block_BT: Tensor) -> Tensor:
     noisy = torch.cat([query == key, query > key], dim=2)
     clean = torch.cat([torch.zeros_like(query == key), query >= key], dim=2)
     return torch.cat([noisy, clean], dim=1)[:, None]
+
+
+def hide_padding(config: Any, padding_mask_BT: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the mask that hides padding: query by key where that is taken, as the stock one is looked at first."""
+    if config.model_type == "modernbert" or config._attn_implementation not in ("sdpa", "eager"):
+        return padding_mask_BT.to(torch.long)
+    rows, columns = padding_mask_BT.shape
+    return attention(padding_mask_BT.bool()[:, None, None].expand(rows, 1, columns, columns))
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,15 +16,6 @@ FUSED = "query_key_value"
 Named = Iterable[tuple[str, Tensor]]
 
 
-def rename(key: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    """Return `key` after the first (regex, replacement) that matches it."""
-    for pattern, replacement in pairs:
-        key, hits = re.subn(pattern, replacement, key)
-        if hits:
-            return key
-    return key
-
-
 def to_stock(layout: Layout, config: Any, tensors: Named) -> Iterator[tuple[str, Tensor]]:
     """Yield the stock class's names and tensors for a vendor's, each vendor tensor used exactly once.
 
@@ -46,11 +37,11 @@ def to_stock(layout: Layout, config: Any, tensors: Named) -> Iterator[tuple[str,
             _place(stacks[name], index, part, value, key)
             waiting[name].discard(key)
             if not waiting[name]:
-                yield rename(name, layout.renames), stacks.pop(name)
+                yield layout.to_stock(name), stacks.pop(name)
         elif FUSED in key and layout.fused_qkv:
-            yield from _split_qkv(rename(key, layout.renames), value, config)
+            yield from _split_qkv(layout.to_stock(key), value, config)
         else:
-            yield rename(key, layout.renames), value
+            yield layout.to_stock(key), value
     for name in stacks:
         missing = sorted(waiting[name])
         raise CheckpointError(f"{len(missing)} experts' tensors are missing, first '{missing[0]}'; download it again.")
@@ -66,13 +57,13 @@ def to_vendor(layout: Layout, config: Any, state: Mapping[str, Tensor]) -> dict[
                 parts = expert.chunk(2) if part == "gate_up_proj" else (expert,)
                 names = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
                 for name, tensor in zip(names, parts, strict=True):
-                    vendor[f"{prefix}.{index}.{name}.weight"] = tensor
+                    vendor[layout.to_vendor(f"{prefix}.{index}.{name}.weight")] = tensor
         elif layout.fused_qkv and (match := re.match(r"^(.*)\.self_attn\.([qkv])_proj\.weight$", key)):
             if match[2] == "q":
                 projections = [state[f"{match[1]}.self_attn.{part}_proj.weight"] for part in "qkv"]
-                vendor[rename(f"{match[1]}.self_attn.{FUSED}.weight", layout.unrenames)] = torch.cat(projections)
+                vendor[layout.to_vendor(f"{match[1]}.self_attn.{FUSED}.weight")] = torch.cat(projections)
         else:
-            vendor[rename(key, layout.unrenames)] = value
+            vendor[layout.to_vendor(key)] = value
     return vendor
 
 

@@ -12,8 +12,10 @@ from .denoiser import Denoiser
 from .layout import LINEAR_TARGETS, CheckpointError, Family
 from .loading import CLASSES, load_denoiser
 from .resolving import read_config
+from .saving import whole_folder
 
 MASK_TOKEN = "<|mask|>"
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 CONVERTIBLE = ("llama", "qwen2", "qwen3")
 
 
@@ -50,17 +52,20 @@ def convert(
     fresh = CLASSES[kind][1](config).to(getattr(torch, dtype))
     fresh.load_state_dict(model.state_dict())
     config.dtype = getattr(torch, dtype)
-    ids = tokenizer.eos_token_id, *(v for t, v in tokenizer.get_vocab().items() if t in ("<|im_end|>", "<|eot_id|>"))
+    vocabulary = tokenizer.get_vocab()
+    turn = [vocabulary[token] for token in TURN_ENDS if token in vocabulary]
     resolved = Family(
         name="stock",
         vocab_size=model.get_input_embeddings().num_embeddings,
         mask_token_id=mask,
-        eos_token_ids=tuple(dict.fromkeys(ids)),
+        eos_token_ids=tuple(dict.fromkeys([tokenizer.eos_token_id, *turn])),
+        turn_end_id=turn[0] if turn else None,
         lora_targets=LINEAR_TARGETS,
         **family,
     )
-    Denoiser(fresh.eval(), resolved, tokenizer).save(to, layout="stock")
-    return load_denoiser(str(to), dtype=dtype)
+    with whole_folder(to) as unfinished:
+        Denoiser(fresh.eval(), resolved, tokenizer).save(unfinished, layout="stock")
+        return load_denoiser(str(unfinished), dtype=dtype)
 
 
 DROPPED = {"quantization_config", "architectures", "pad_token_id", "dtype", "torch_dtype", "transformers_version"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .blocks import PADDING, BlockCache, additive, block_mask, doubled_mask, positions
+from .blocks import BlockCache, additive, block_ids, block_mask, doubled_mask, hide_padding, positions
 from .layout import CheckpointError, Family
+from .store import Store
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Denoiser:
     family: Family
     tokenizer: PreTrainedTokenizerBase
     vendor_config: dict[str, Any] = field(default_factory=dict)
+    root: Any = None  # FSDP's root module, which calls a function in its forward, where the weights are whole
 
     @property
     def base(self) -> Any:
@@ -51,14 +54,24 @@ class Denoiser:
         position_ids_BT: Tensor | None = None,
         cache: BlockCache | None = None,
         commit: bool | int = False,
+        store: Store | None = None,
+        attention_BTT: Tensor | None = None,
     ) -> Tensor:
-        """Return the trunk's last hidden states `[B, T, D]`, aligned; arguments as `logits`."""
+        """Return the trunk's last hidden states `[B, T, D]`, aligned; arguments as `logits`.
+
+        A `store` takes the keys and values of whole rows on the way; it changes nothing. With a mask of the caller's,
+        `attention_BTT` (true where a query may attend), rows are the raw model's: where the family shifts logits, that
+        of column i - 1 scores the token at i.
+        """
+        kept = {} if store is None else {"past_key_values": store}
+        if attention_BTT is not None:
+            return self._trunk(input_ids_BT, self._attention(attention_BTT[:, None]), position_ids_BT)
         if self.family.attention == "full":
             if cache is not None or commit:
                 raise CheckpointError(f"cache: family '{self.family.name}' attends to the whole canvas; none is exact.")
             # Without padding the mask stays None, the only form in which SDPA may use its flash kernel.
-            mask = None if padding_mask_BT is None else padding_mask_BT.to(torch.long)
-            return self._aligned(self._trunk(input_ids_BT, mask, position_ids_BT))
+            mask = None if padding_mask_BT is None else hide_padding(self.base.config, padding_mask_BT, self._attention)
+            return self._aligned(self._trunk(input_ids_BT, mask, position_ids_BT, **kept))
         if commit and cache is None:
             raise CheckpointError("commit: there is no cache to commit to; pass cache=denoiser.new_cache().")
         start_B = None if cache is None else cache.next_B
@@ -66,11 +79,19 @@ class Denoiser:
         if position_BT is None:
             position_BT = positions(input_ids_BT.shape, padding_mask_BT, start_B, input_ids_BT.device)
         stored = 0 if cache is None else len(cache)
-        block_BT = self._blocks(position_BT, padding_mask_BT, stored)
+        block_BT = block_ids(self.family, position_BT, padding_mask_BT, stored)
         if cache is None:
             mask = block_mask(block_BT, block_BT)
-            return self._aligned(self._trunk(input_ids_BT, self._attention(mask), position_BT))
+            return self._aligned(self._trunk(input_ids_BT, self._attention(mask), position_BT, **kept))
         return self._cached(input_ids_BT, block_BT, position_BT, cache, commit, padding_mask_BT is not None)
+
+    def columns(self, input_ids_BC: Tensor, position_ids_BC: Tensor, mask_B1CK: Tensor, store: Store) -> Tensor:
+        """Return the trunk's last hidden states `[B, C, D]` of some columns among the K places of a `store`.
+
+        `mask_B1CK` is true where a column may attend. Rows are the raw model's: where the family shifts logits, that of
+        column i - 1 scores the token at i.
+        """
+        return self._trunk(input_ids_BC, self._attention(mask_B1CK), position_ids_BC, past_key_values=store)
 
     def logits(
         self,
@@ -91,14 +112,18 @@ class Denoiser:
         position 0 mean nothing where logits are shifted (nothing precedes it). Raises CheckpointError for a cache or a
         commit that the family cannot have.
         """
-        hidden = self.hidden(
-            input_ids_BT,
-            padding_mask_BT=padding_mask_BT,
-            position_ids_BT=position_ids_BT,
-            cache=cache,
-            commit=commit,
-        )
-        return self.head(hidden if positions_BT is None else hidden[positions_BT])
+
+        def scored() -> Tensor:
+            hidden = self.hidden(
+                input_ids_BT,
+                padding_mask_BT=padding_mask_BT,
+                position_ids_BT=position_ids_BT,
+                cache=cache,
+                commit=commit,
+            )
+            return self.head(hidden if positions_BT is None else hidden[positions_BT])
+
+        return self._inside(scored)
 
     def train_logits(
         self,
@@ -114,23 +139,37 @@ class Denoiser:
         """
         if self.family.attention == "full":
             return self.logits(noisy_BT, padding_mask_BT=padding_mask_BT, positions_BT=positions_BT)
+
+        def scored() -> Tensor:
+            noisy = self._doubled(noisy_BT, clean_BT, padding_mask_BT)
+            return self.head(noisy if positions_BT is None else noisy[positions_BT])
+
+        return self._inside(scored)
+
+    def _inside(self, forward: Callable[[], Tensor]) -> Tensor:
+        """Return `forward()`, run inside the root's forward where weights are sharded and it does not run already."""
+        return forward() if self.root is None or self.root.running else self.root(forward)
+
+    def _doubled(self, noisy_BT: Tensor, clean_BT: Tensor, padding_mask_BT: Tensor | None) -> Tensor:
+        """Return the aligned hidden states of x_t in [x_t ; x_0]."""
         position_BT = positions(noisy_BT.shape, padding_mask_BT, None, noisy_BT.device)
-        block_BT = self._blocks(position_BT, padding_mask_BT, 0)
+        block_BT = block_ids(self.family, position_BT, padding_mask_BT)
         both = self._trunk(
             torch.cat([noisy_BT, clean_BT], dim=1), self._attention(doubled_mask(block_BT)), position_BT.repeat(1, 2)
         )
         noisy, clean = both.chunk(2, dim=1)
-        if self.family.logit_shift:
-            # A block's first token is predicted by the last token of the clean block before it.
-            first_BT = block_BT != block_BT.roll(1, dims=1)
-            noisy = torch.where(first_BT[..., None], clean.roll(1, dims=1), noisy.roll(1, dims=1))
-        return self.head(noisy if positions_BT is None else noisy[positions_BT])
+        if not self.family.logit_shift:
+            return noisy
+        # A block's first token is predicted by the last token of the clean block before it.
+        first_BT = block_BT != block_BT.roll(1, dims=1)
+        return torch.where(first_BT[..., None], clean.roll(1, dims=1), noisy.roll(1, dims=1))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits of aligned hidden states `[..., D]`."""
         # ModernBERT has a dense layer and a norm before its output matrix.
         before = getattr(self.base, "head", None)
-        return self.base.get_output_embeddings()(hidden if before is None else before(hidden)).float()
+        matrix = self.base.get_output_embeddings()
+        return self._inside(lambda: matrix(hidden if before is None else before(hidden)).float())
 
     def save(self, directory: str | Path, *, layout: str = "vendor") -> None:
         """Write config, weights and tokenizer in the vendor's or the stock class's layout (adapters merged before)."""
@@ -139,22 +178,16 @@ class Denoiser:
         save_denoiser(self, directory, layout=layout)
 
     def _trunk(self, input_ids_BT: Tensor, mask: Tensor | None, position_BT: Tensor | None, **cached: Any) -> Tensor:
-        options = {"use_cache": False, **cached} if self.family.name != "modernbert" else {}
-        trunk = self.base.base_model
-        return trunk(input_ids=input_ids_BT, attention_mask=mask, position_ids=position_BT, **options).last_hidden_state
-
-    def _blocks(self, position_BT: Tensor, padding_mask_BT: Tensor | None, stored: int) -> Tensor:
-        """Return each token's block: of its own position, or of its column where rows are padded to whole blocks."""
-        block_BT = position_BT // (self.family.block_length or 1)
-        if self.family.alignment == "left_pad_to_block":
-            column_T = torch.arange(stored, stored + position_BT.shape[1], device=position_BT.device)
-            block_BT = (column_T // (self.family.block_length or 1)).expand(position_BT.shape)
-        return block_BT if padding_mask_BT is None else block_BT.masked_fill(~padding_mask_BT.bool(), PADDING)
+        if not len(input_ids_BT):
+            # Ranks that share weights take part in every forward, and models want a row.
+            return self._trunk(input_ids_BT.new_zeros(1, input_ids_BT.shape[1]), None, None)[:0]
+        # Whether keys are kept is the config's use_cache, which loading switches off; encoders know no such argument.
+        trunk, inputs = self.base.base_model, {"input_ids": input_ids_BT, "attention_mask": mask, **cached}
+        return self._inside(lambda: trunk(position_ids=position_BT, **inputs).last_hidden_state)
 
     def _attention(self, mask: Tensor) -> Tensor:
-        if self.base.config._attn_implementation == "eager":
-            return additive(mask, next(self.model.parameters()).dtype)
-        return mask
+        eager = self.base.config._attn_implementation == "eager"
+        return additive(mask, next(self.model.parameters()).dtype) if eager else mask
 
     def _cached(
         self,

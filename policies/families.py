@@ -42,30 +42,19 @@ LLADA = Layout(
         ("hidden_act", ("activation_type",)),
         ("initializer_range", ("init_std",)),
     ),
-    renames=(
-        # The head's leaf has the same name as the blocks' down projection, so the block patterns come first.
-        (r"^model\.transformer\.blocks\.(\d+)\.attn_norm\.", r"model.layers.\1.input_layernorm."),
-        (r"^model\.transformer\.blocks\.(\d+)\.([qkv]_proj)\.", r"model.layers.\1.self_attn.\2."),
-        (r"^model\.transformer\.blocks\.(\d+)\.attn_out\.", r"model.layers.\1.self_attn.o_proj."),
-        (r"^model\.transformer\.blocks\.(\d+)\.ff_norm\.", r"model.layers.\1.post_attention_layernorm."),
-        (r"^model\.transformer\.blocks\.(\d+)\.ff_proj\.", r"model.layers.\1.mlp.gate_proj."),
-        (r"^model\.transformer\.blocks\.(\d+)\.up_proj\.", r"model.layers.\1.mlp.up_proj."),
-        (r"^model\.transformer\.blocks\.(\d+)\.ff_out\.", r"model.layers.\1.mlp.down_proj."),
-        (r"^model\.transformer\.wte\.", r"model.embed_tokens."),
-        (r"^model\.transformer\.ln_f\.", r"model.norm."),
-        (r"^model\.transformer\.ff_out\.", r"lm_head."),
-    ),
-    unrenames=(
-        (r"^model\.layers\.(\d+)\.input_layernorm\.", r"model.transformer.blocks.\1.attn_norm."),
-        (r"^model\.layers\.(\d+)\.self_attn\.([qkv]_proj)\.", r"model.transformer.blocks.\1.\2."),
-        (r"^model\.layers\.(\d+)\.self_attn\.o_proj\.", r"model.transformer.blocks.\1.attn_out."),
-        (r"^model\.layers\.(\d+)\.post_attention_layernorm\.", r"model.transformer.blocks.\1.ff_norm."),
-        (r"^model\.layers\.(\d+)\.mlp\.gate_proj\.", r"model.transformer.blocks.\1.ff_proj."),
-        (r"^model\.layers\.(\d+)\.mlp\.up_proj\.", r"model.transformer.blocks.\1.up_proj."),
-        (r"^model\.layers\.(\d+)\.mlp\.down_proj\.", r"model.transformer.blocks.\1.ff_out."),
-        (r"^model\.embed_tokens\.", r"model.transformer.wte."),
-        (r"^model\.norm\.", r"model.transformer.ln_f."),
-        (r"^lm_head\.", r"model.transformer.ff_out."),
+    names=(
+        ("model.transformer.blocks.*.attn_norm", "model.layers.*.input_layernorm"),
+        ("model.transformer.blocks.*.q_proj", "model.layers.*.self_attn.q_proj"),
+        ("model.transformer.blocks.*.k_proj", "model.layers.*.self_attn.k_proj"),
+        ("model.transformer.blocks.*.v_proj", "model.layers.*.self_attn.v_proj"),
+        ("model.transformer.blocks.*.attn_out", "model.layers.*.self_attn.o_proj"),
+        ("model.transformer.blocks.*.ff_norm", "model.layers.*.post_attention_layernorm"),
+        ("model.transformer.blocks.*.ff_proj", "model.layers.*.mlp.gate_proj"),
+        ("model.transformer.blocks.*.up_proj", "model.layers.*.mlp.up_proj"),
+        ("model.transformer.blocks.*.ff_out", "model.layers.*.mlp.down_proj"),
+        ("model.transformer.wte", "model.embed_tokens"),
+        ("model.transformer.ln_f", "model.norm"),
+        ("model.transformer.ff_out", "lm_head"),
     ),
     derive=lambda vendor: (
         {} if vendor.get("mlp_hidden_size") else {"intermediate_size": vendor["mlp_ratio"] * vendor["d_model"]}
@@ -134,21 +123,13 @@ LLADA2 = Layout(
     constants=(("use_qk_norm", True),),
     experts=True,
     fused_qkv=True,
-    renames=(
-        (r"^model\.word_embeddings\.", r"model.embed_tokens."),
-        (r"\.attention\.query_key_value\.", r".self_attn.query_key_value."),
-        (r"\.attention\.dense\.", r".self_attn.o_proj."),
-        (r"\.attention\.query_layernorm\.", r".self_attn.q_norm."),
-        (r"\.attention\.key_layernorm\.", r".self_attn.k_norm."),
-        (r"\.mlp\.gate\.expert_bias$", r".mlp.gate.e_score_correction_bias"),
-    ),
-    unrenames=(
-        (r"^model\.embed_tokens\.", r"model.word_embeddings."),
-        (r"\.self_attn\.query_key_value\.", r".attention.query_key_value."),
-        (r"\.self_attn\.o_proj\.", r".attention.dense."),
-        (r"\.self_attn\.q_norm\.", r".attention.query_layernorm."),
-        (r"\.self_attn\.k_norm\.", r".attention.key_layernorm."),
-        (r"\.mlp\.gate\.e_score_correction_bias$", r".mlp.gate.expert_bias"),
+    names=(
+        ("model.word_embeddings", "model.embed_tokens"),
+        ("model.layers.*.attention.query_key_value", "model.layers.*.self_attn.query_key_value"),
+        ("model.layers.*.attention.dense", "model.layers.*.self_attn.o_proj"),
+        ("model.layers.*.attention.query_layernorm", "model.layers.*.self_attn.q_norm"),
+        ("model.layers.*.attention.key_layernorm", "model.layers.*.self_attn.k_norm"),
+        ("model.layers.*.mlp.gate.expert_bias", "model.layers.*.mlp.gate.e_score_correction_bias"),
     ),
     requires=(
         *QWEN_REQUIRES,
@@ -235,6 +216,7 @@ A2D_MDLM = Layout(
     model_types=("a2d-llama", "a2d-qwen2", "a2d-qwen3"),
     fields=(),
     turn_end_tokens=("<|im_end|>",),
+    eos_tokens=("<|endoftext|>",),  # pads replies; the config.json of a chat Qwen names the turn's end as EOS
     template="chatml_no_think",
 )
 A2D_BD3LM = replace(

@@ -27,18 +27,26 @@ class Family:
     `attention` is full or block_causal (blocks of `block_length`, counted from a row's first token; bidirectional
     inside). `logit_shift` 1: the raw model's row i predicts token i + 1. `alignment` says how a prompt that is no
     multiple of the block is treated: its rest shares a block with the completion, or it is left-padded to a multiple.
+    A completion ends with the first of `eos_token_ids` that it has. An assistant's turn is trained to end with
+    `turn_end_id` (None: EOS), and behind it `eos_token_ids[0]`, the plain EOS, pads.
     """
 
     name: str
     vocab_size: int
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
+    turn_end_id: int | None = None
     attention: str = "full"
     block_length: int | None = None
     logit_shift: int = 0
     alignment: str = "shared_block"
     lora_targets: tuple[str, ...] = LINEAR_TARGETS
     mixture: bool = False
+
+    @property
+    def end_id(self) -> int:
+        """The id that ends a reply in training."""
+        return self.eos_token_ids[0] if self.turn_end_id is None else self.turn_end_id
 
     @property
     def prompt_multiple(self) -> int:
@@ -53,10 +61,12 @@ class Layout:
     `stock` names the stock class (loading.CLASSES; empty: as the config's model_type says). `fields` holds (stock
     field, vendor fields: the first that is set counts), `optional` those that may be missing, `constants` what the
     stock config always gets, `derive` computes the rest; without `fields` the folder's config is the stock class's own.
-    `renames` holds (vendor regex, stock replacement) and `unrenames` the way back, so that a saved model is again what
-    the vendor's code reads; `experts` are stacked and `fused_qkv` is split besides. `requires` lists the config values
-    that the stock class can represent. `published` are ids and block length that are not in config.json: shown in the
-    error that asks for them, never assumed.
+    `names` holds (vendor's start of a tensor's name, the stock class's), `*` standing for a layer's or expert's number;
+    it is read in both directions, so that a saved model is again what the vendor's code reads. `experts` are stacked
+    and `fused_qkv` is split besides. `requires` lists the config values that the stock class can represent.
+    `published` are ids and block length that config.json lacks: shown in the error that asks for them, never assumed.
+    Besides config.json's EOS, completions end with `turn_end_ids` and `turn_end_tokens` (the first of them ends a turn)
+    and with `eos_tokens` (which come before it), where the vocabulary has them.
     """
 
     name: str
@@ -66,8 +76,7 @@ class Layout:
     model_types: tuple[str, ...] = ()
     optional: frozenset[str] = frozenset({"initializer_range", "tie_word_embeddings", "hidden_act", "attention_bias"})
     constants: tuple[tuple[str, Any], ...] = ()
-    renames: tuple[tuple[str, str], ...] = ()
-    unrenames: tuple[tuple[str, str], ...] = ()
+    names: tuple[tuple[str, str], ...] = ()
     experts: bool = False
     fused_qkv: bool = False
     requires: tuple[tuple[str, tuple[Any, ...]], ...] = ()
@@ -76,6 +85,7 @@ class Layout:
     alignment: str = "shared_block"
     turn_end_ids: tuple[int, ...] = ()
     turn_end_tokens: tuple[str, ...] = ()
+    eos_tokens: tuple[str, ...] = ()
     published: tuple[tuple[str, int], ...] = ()
     template: str | None = None
     lora_targets: tuple[str, ...] = LINEAR_TARGETS
@@ -83,11 +93,11 @@ class Layout:
 
     def to_stock(self, key: str) -> str:
         """Return the stock name of a vendor's weight (conversion.py splits and stacks what is more than a name)."""
-        return _first_match(key, self.renames)
+        return _renamed(key, self.names)
 
     def to_vendor(self, key: str) -> str:
         """Return the vendor's name of a stock weight."""
-        return _first_match(key, self.unrenames)
+        return _renamed(key, tuple((stock, vendor) for vendor, stock in self.names))
 
     def stock_config(self, vendor: Mapping[str, Any]) -> dict[str, Any]:
         """Return the stock config's fields; raises KeyError for a field that the vendor's config lacks."""
@@ -109,11 +119,12 @@ class Layout:
         return values | dict(self.constants) | (self.derive(vendor) if self.derive else {})
 
 
-def _first_match(key: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in pairs:
-        key, hits = re.subn(pattern, replacement, key)
-        if hits:
-            return key
+def _renamed(key: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    """Return `key` with its start replaced by the first pair that fits it up to a dot."""
+    for old, new in pairs:
+        found = re.match(re.escape(old).replace(r"\*", r"(\d+)") + r"(?=\.|$)", key)
+        if found is not None:
+            return new.replace("*", "{}").format(*found.groups()) + key[found.end() :]
     return key
 
 

@@ -33,8 +33,9 @@ from transformers import (
 from . import conversion
 from .denoiser import Denoiser
 from .layout import CheckpointError, Family, Layout
+from .quantization import check_quantization, quantized
 from .resolving import check_config, find_layout, read_config, resolve_family
-from .saving import INDEX, llada_vendor_config
+from .saving import INDEX, TIED, llada_vendor_config
 from .selfcheck import self_check
 from .tokenizers import byte_tokenizer, check_mask_token, load_tokenizer, read_tokenizer
 
@@ -134,18 +135,23 @@ def load_denoiser(
     check_config(vendor, layout)
     tokenizer = tokenizer or read_tokenizer(folder)
     resolved = resolve_family(vendor, layout, mask_token_id, block_length=block_length, tokenizer=tokenizer)
+    if not resolved.eos_token_ids:
+        raise CheckpointError("neither config.json nor the tokenizer names an eos_token_id; write it into config.json.")
     tokenizer = load_tokenizer(folder, tokenizer, resolved, layout.template)
     check_mask_token(tokenizer, resolved)
+    if quantization:
+        check_quantization(quantization)
     config = stock_config(layout, vendor, attention)
     if context is not None:
         config.rope_parameters["rope_theta"] = ntk_theta(config, context)
     torch_dtype = getattr(torch, dtype)
     with torch.device("meta"):
         model = stock_classes(layout, vendor)[1](config).to(torch_dtype)
+    # Names and shapes first: what does not fit is refused before a weight is read.
+    _check_keys(model, read_state(folder, layout, config, torch_dtype, "meta"), layout, folder)
     state = read_state(folder, layout, config, torch_dtype, "cpu" if quantization else device)
-    _check_keys(model, state, layout, folder)
     if quantization:
-        model = _quantized(type(model), config, state, torch_dtype, device, quantization)
+        model = quantized(type(model), config, state, torch_dtype, device)
     else:
         _fill(model, state, config, device)
     model.config.dtype = torch_dtype
@@ -234,21 +240,30 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def read_state(folder: Path, layout: Layout, config: Any, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Return the stock state dict of a folder's shards, in `dtype` on `device`."""
+    """Return the stock state dict of a folder's shards, in `dtype` on `device` ("meta": names and shapes alone)."""
+    meta = device == "meta"
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for shard in _shards(folder):
             try:
-                with safe_open(shard, framework="pt", device=device) as file:
+                with safe_open(shard, framework="pt", device="cpu" if meta else device) as file:
                     for key in file.keys():  # noqa: SIM118 (safe_open is not iterable)
-                        yield key, file.get_tensor(key)
+                        shape = file.get_slice(key).get_shape()
+                        yield key, torch.empty(shape, device="meta") if meta else file.get_tensor(key)
             except SafetensorError as error:
                 raise CheckpointError(
                     f"{shard}: damaged or truncated safetensors ({error}); download it again."
                 ) from error
 
-    named = conversion.to_stock(layout, config, tensors())
-    return {key: value.to(torch.float32 if key.endswith(FP32) else dtype) for key, value in named}
+    state: dict[str, Tensor] = {}
+    for key, value in conversion.to_stock(layout, config, tensors()):
+        if key in state:
+            raise CheckpointError(f"{folder}: two tensors are '{layout.to_vendor(key)}'; is it another family?")
+        state[key] = value.to(torch.float32 if key.endswith(FP32) else dtype)
+    if config.tie_word_embeddings:
+        for head in TIED:
+            state.pop(head, None)
+    return state
 
 
 def _fill(model: Any, state: dict[str, Tensor], config: Any, device: str) -> None:
@@ -263,27 +278,11 @@ def _fill(model: Any, state: dict[str, Tensor], config: Any, device: str) -> Non
         trunk.rotary_emb = type(trunk.rotary_emb)(config)
 
 
-def _quantized(kind: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype, device: str, name: str) -> Any:
-    """Return the model with its linear layers in 4 bits (NF4, QLoRA: Dettmers et al. 2023)."""
-    if name != "4bit":
-        raise CheckpointError(f"model.quantization: '{name}' is not 4bit.")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError("model.quantization: 4bit needs bitsandbytes; pip install 'unmask[4bit]'.") from error
-    from transformers import BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    options: dict[str, Any] = {"quantization_config": quantization, "device_map": {"": device}, "dtype": dtype}
-    return kind.from_pretrained(None, config=config, state_dict=state, **options)
-
-
 def _check_keys(model: Any, state: dict[str, Tensor], layout: Layout, folder: Path) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
-        for head in ("lm_head.weight", "decoder.weight"):
+        for head in TIED:
             wanted.pop(head, None)
-            state.pop(head, None)
     for names, what in ((wanted.keys() - state.keys(), "are missing"), (state.keys() - wanted.keys(), "fit nothing")):
         if names:
             first = min(map(layout.to_vendor, names))

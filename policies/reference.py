@@ -21,6 +21,11 @@ class AdapterOff:
     policy: Denoiser
     family: Family
 
+    @property
+    def root(self) -> Any:
+        """The policy's root module where its weights are sharded."""
+        return self.policy.root
+
     @torch.no_grad()
     def logits(self, input_ids_BT: Tensor, **options: Any) -> Tensor:
         """Return the base model's logits, as `Denoiser.logits`."""

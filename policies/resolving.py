@@ -95,7 +95,7 @@ def resolve_family(
             f"config.json has no mask_token_id; pass mask_token_id={published} (model.mask_token_id in a recipe; "
             "see the model's card)."
         )
-    eos_ids = _eos_ids(config, layout, tokenizer, rows)
+    eos_ids, turn_end = _ends(config, layout, tokenizer, rows)
     for name, value in [("mask_token_id", mask), *(("eos_token_id", i) for i in eos_ids)]:
         if not isinstance(value, int):
             raise CheckpointError(f"config.json: {name} is {value!r}, a whole number is needed.")
@@ -109,6 +109,7 @@ def resolve_family(
         vocab_size=rows,
         mask_token_id=mask,
         eos_token_ids=eos_ids,
+        turn_end_id=turn_end,
         attention=attention,
         block_length=_block_length(config, layout, attention, block_length),
         logit_shift=ours.get("logit_shift", layout.logit_shift),
@@ -118,20 +119,22 @@ def resolve_family(
     )
 
 
-def _eos_ids(
+def _ends(
     config: Mapping[str, Any], layout: Layout, tokenizer: PreTrainedTokenizerBase | None, rows: int
-) -> tuple[int, ...]:
-    """Return EOS first, then what ends a turn; LLaDA2's config.json names its EOS as padding only."""
-    eos = (config.get("unmask") or {}).get("eos_token_ids") or config.get("eos_token_id")
+) -> tuple[tuple[int, ...], int | None]:
+    """Return what ends a completion, EOS first, and what ends a turn; LLaDA2's config.json names its EOS as padding."""
+    ours = config.get("unmask") or {}
+    eos = ours.get("eos_token_ids") or config.get("eos_token_id")
     eos = config.get("pad_token_id") if eos is None else eos
     if eos is None and tokenizer is not None:
         eos = tokenizer.eos_token_id
     ids = list(eos) if isinstance(eos, list) else ([] if eos is None else [eos])
-    ids += [i for i in layout.turn_end_ids if i < rows]
-    if tokenizer is not None:
-        vocabulary = tokenizer.get_vocab() if layout.turn_end_tokens else {}
-        ids += [vocabulary[token] for token in layout.turn_end_tokens if token in vocabulary]
-    return tuple(dict.fromkeys(ids))
+    turn = [i for i in layout.turn_end_ids if i < rows]
+    if tokenizer is not None and layout.turn_end_tokens:
+        vocabulary = tokenizer.get_vocab()
+        turn += [vocabulary[token] for token in layout.turn_end_tokens if token in vocabulary]
+        ids = [vocabulary[token] for token in layout.eos_tokens if token in vocabulary] + ids
+    return tuple(dict.fromkeys([*ids, *turn])), ours.get("turn_end_id", turn[0] if turn else None)
 
 
 def _block_length(config: Mapping[str, Any], layout: Layout, attention: str, given: int | None) -> int | None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +23,36 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
+TIED = ("lm_head.weight", "decoder.weight")  # the output matrix, which is not stored where it is the embedding
+
+
+@contextmanager
+def whole_folder(directory: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `directory` which takes its place at the end; after an error neither is left."""
+    directory = directory.expanduser().absolute()
+    unfinished = directory.with_name(f".{directory.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        mode = _usual_mode(unfinished)
+        for path in unfinished.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
+        shutil.rmtree(directory, ignore_errors=True)
+        unfinished.rename(directory)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _usual_mode(folder: Path) -> int:
+    """Return the mode of a new file in `folder`; safetensors writes for the owner alone, whatever the umask says."""
+    file = folder / ".mode"
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    file.unlink()
+    return mode
 
 
 def save_denoiser(denoiser: Denoiser, directory: str | Path, *, layout: str = "vendor") -> None:
@@ -38,7 +72,7 @@ def save_denoiser(denoiser: Denoiser, directory: str | Path, *, layout: str = "v
     config = denoiser.model.config
     stock = denoiser.model.state_dict()
     if config.tie_word_embeddings:
-        stock = {key: value for key, value in stock.items() if key not in ("lm_head.weight", "decoder.weight")}
+        stock = {key: value for key, value in stock.items() if key not in TIED}
     named = stock if layout == "stock" else conversion.to_vendor(LAYOUTS[denoiser.family.name], config, stock)
     state = {key: value.detach().cpu().contiguous() for key, value in named.items()}
     _write_weights(state, folder)
@@ -106,10 +140,13 @@ def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
     names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     if count == 1:
         names = ["model.safetensors"]
+    mode = _usual_mode(folder)
     for name, shard in zip(names, shards, strict=True):
         # The folder may be the one these very tensors are mapped from.
-        save_file(shard, folder / f"{name}.part", metadata={"format": "pt"})
-        (folder / f"{name}.part").replace(folder / name)
+        part = folder / f"{name}.part"
+        save_file(shard, part, metadata={"format": "pt"})
+        part.chmod(mode)
+        part.replace(folder / name)
     (folder / INDEX).unlink(missing_ok=True)
     for path in (*folder.glob("model-*-of-*.safetensors"), folder / "model.safetensors"):
         if path.name not in names:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from .layout import CheckpointError, Family
 from .templates import TEMPLATES
@@ -54,12 +54,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """Return the folder's own tokenizer (its files, never its code), or None when it has none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    """Return the folder's own tokenizer (its files, never its code), or None when it has none.
+
+    Vocabulary and merges without a tokenizer.json belong to a slow tokenizer: Qwen2's, or Dream's own class, which
+    computes what Qwen2's does (reference/models.md section 4).
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         return None
+    slow = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
     # The class itself, not AutoTokenizer, which would look for the vendor's model class in config.json.
+    kind = Qwen2Tokenizer if slow and not (folder / "tokenizer.json").is_file() else PreTrainedTokenizerFast
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        return kind.from_pretrained(folder)
     except Exception as error:  # the Rust library raises bare Exceptions
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"'{folder}': its tokenizer files cannot be read ({reason}).") from error
@@ -86,10 +92,13 @@ def load_tokenizer(
 
 
 def check_mask_token(tokenizer: PreTrainedTokenizerBase, family: Family) -> None:
-    """Raise CheckpointError when the mask id is no token of the tokenizer, or its text is split into several."""
+    """Raise CheckpointError when the text of the mask token is read as other tokens.
+
+    An id without a text passes: LLaDA2's and converted vocabularies have rows that no text reaches.
+    """
     token = tokenizer.convert_ids_to_tokens(family.mask_token_id)
     if token is None:
-        return  # LLaDA2's and converted vocabularies have rows that no text reaches: the mask is never in a prompt
+        return
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
     if ids != [family.mask_token_id]:
         raise CheckpointError(
@@ -105,6 +114,6 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, 
     return encoded["input_ids"]
 
 
-def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the ids of an assistant's turn, ended by EOS."""
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str, end_id: int) -> list[int]:
+    """Return the ids of an assistant's turn, ended by `end_id` (`Family.end_id`)."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], end_id]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from .correcting import check_density, correction_notes
 from .registry import SLOTS, RecipeError
-from .schema import EvaluationSection, ObjectiveSection, Recipe, SamplerSection, SftEvaluationSection, SftRecipe
+from .schema import EvaluationSection, ObjectiveSection, Recipe, SftEvaluationSection, SftRecipe
+from .sections import SamplerSection
 
 GROUP_ADVANTAGES = {"group_mean", "group_std", "leave_one_out"}
 POSITIONAL_SCORES = {"random", "left_to_right"}
+POSITIONAL_SELECTIONS = {"top", "all", "plackett_luce", "entropy_budget"}
 
 
 def check_recipe(recipe: Recipe | SftRecipe) -> None:
@@ -18,6 +21,7 @@ def check_recipe(recipe: Recipe | SftRecipe) -> None:
         _check_sft(recipe)
         return
     _check_model(recipe.model)
+    _check_sharding(recipe)
     _check_task(recipe.task, "task")
     _check_rewards(recipe)
     _check_rollout(recipe)
@@ -32,6 +36,11 @@ def check_world(recipe: Recipe | SftRecipe, ranks: int) -> None:
     """Raise RecipeError when a batch cannot be shared evenly by `ranks` processes; called at launch."""
     if ranks < 1:
         raise RecipeError(f"nproc: {ranks} is no number of processes; use 1 or more.")
+    if isinstance(recipe, Recipe) and recipe.model.sharding == "fsdp" and ranks == 1:
+        raise RecipeError(
+            "model.sharding: fsdp shares the weights among processes and there is one; start several (--nproc 8), or "
+            "set model.sharding to none."
+        )
     where, rows, what = (
         ("sft.batch", recipe.sft.batch, "rows")
         if isinstance(recipe, SftRecipe)
@@ -85,6 +94,7 @@ def notes(recipe: Recipe | SftRecipe) -> list[str]:
         found.append(f"surrogate 'importance' does not bound the ratio over {objective.inner_steps} inner steps.")
     if objective.inner_steps == 1 and objective.old == "recompute" and objective.correction.name == "none":
         found.append("old: recompute costs a forward a view; with one inner step the ratio it gives is 1 everywhere.")
+    found += correction_notes(recipe)
     if eos.suppress and eos.rule == "stop":
         found.append("eos.rule 'stop' never applies while EOS is suppressed.")
     if recipe.model.lora is not None and recipe.model.lora.dropout > 0:
@@ -106,6 +116,23 @@ def _check_model(model: Any) -> None:
         raise RecipeError(
             f"model.attention: flash_attention_2 needs CUDA and bfloat16, not {model.device} and {model.dtype}; "
             "use sdpa or set model.dtype to bfloat16."
+        )
+
+
+def _check_sharding(recipe: Recipe) -> None:
+    model = recipe.model
+    if model.sharding == "none":
+        return
+    if model.quantization is not None:
+        raise RecipeError(
+            f"model.sharding: fsdp cannot share out {model.quantization} weights; set model.quantization to null, or "
+            "model.sharding to none (each process then holds the whole base)."
+        )
+    if model.device == "mps" or ":" in model.device:
+        raise RecipeError(f"model.sharding: fsdp takes a device a process, not {model.device}; use cuda, cpu or auto.")
+    if recipe.optim.optimizer == "muon":
+        raise RecipeError(
+            "model.sharding: fsdp keeps rows of a matrix on each process, muon needs whole ones; use optimizer adamw."
         )
 
 
@@ -133,6 +160,7 @@ def _check_rollout(recipe: Recipe) -> None:
             "use 2 or more."
         )
     check_sampler(rollout.sampler, rollout.canvas, "rollout.sampler", "rollout.canvas")
+    check_density(recipe)
 
 
 def check_sampler(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) -> None:
@@ -145,27 +173,31 @@ def check_sampler(sampler: SamplerSection, canvas: int, where: str, canvas_key: 
             f"use at most {canvas}."
         )
     _probe(sampler, canvas, where, canvas_key)
-    if selection == "threshold" and score in POSITIONAL_SCORES:
+    if score in POSITIONAL_SCORES and selection not in POSITIONAL_SELECTIONS and selection in SLOTS["selection"]:
         raise RecipeError(
-            f"{where}.selection: threshold compares a probability, score '{score}' is none; "
+            f"{where}.selection: {selection} compares a probability, score '{score}' is none; "
             "use score confidence, margin or entropy, or selection top."
-        )
-    if getattr(SLOTS["selection"].get(selection), "draws_first", False) and score != "confidence":
-        raise RecipeError(
-            f"{where}.selection: '{selection}' ranks by the drawn token's confidence and ignores score '{score}'; "
-            "use score confidence or selection top."
         )
 
 
 def _probe(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) -> None:
-    """Call schedule and selection once on a blank canvas: parts check their own knobs when they are called."""
+    """Call schedule, score and selection once on a blank canvas: parts check their own knobs when they are called."""
     import torch
 
-    masked_BL = torch.ones(1, canvas, dtype=torch.bool)
+    from ..rollouts.caches import Layout
+    from ..rollouts.measures import Statistics
+    from ..rollouts.sampler import build_sampler
+    from ..rollouts.state import State
+
+    state = State.of(torch.full((1, canvas), -1), -1)
+    state.statistics = Statistics.blank(1, canvas)
     try:
-        build = SLOTS["schedule"].build(sampler.schedule, "schedule")
-        quota = build(masked_BL, torch.zeros(1, dtype=torch.long), masked_BL.sum(1))
-        SLOTS["selection"].build(sampler.selection, "selection")(torch.zeros(1, canvas), quota)
+        built = build_sampler(sampler.model_dump())
+        state.quota = built.quota(state)
+        state.window_AL = state.quota.window_BL
+        built.choose(state, built.scores(state), state.quota)
+        if built.cache is not None:
+            built.cache(state, Layout.of(state))
     except RecipeError as error:
         raise RecipeError(f"{where}.{error} ({canvas_key}: {canvas})") from error
 
@@ -174,13 +206,16 @@ def step_limit(sampler: SamplerSection, canvas: int) -> int:
     """Return the most denoiser calls of one rollout: the schedule is run on a blank canvas, left to right."""
     import torch
 
-    schedule = SLOTS["schedule"].build(sampler.schedule)
-    masked_BL = torch.ones(1, canvas, dtype=torch.bool)
-    steps = 0
-    while bool(masked_BL.any()):
-        quota = schedule(masked_BL, torch.tensor([steps]), torch.tensor([canvas]))
-        chosen = quota.window_BL[0].nonzero().squeeze(1)[: max(1, int(quota.count_B))]
-        masked_BL[0, chosen] = False
+    from ..rollouts.sampler import build_sampler
+    from ..rollouts.state import State
+
+    built = build_sampler(sampler.model_dump())
+    canvas_BL, steps = torch.full((1, canvas), -1), 0
+    while bool((canvas_BL < 0).any()):
+        state = State.of(canvas_BL, -1, step=steps)
+        state.open_A = torch.tensor([canvas])
+        quota = built.quota(state)
+        canvas_BL[0, quota.window_BL[0].nonzero().squeeze(1)[: int(quota.count_B)]] = 0
         steps += 1
     return steps
 

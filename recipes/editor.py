@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter
 
-from .loading import import_parts, load_methods
+from .loading import import_parts, load_methods, load_samplers
 from .registry import SLOTS
-from .schema import MARK, Recipe, RewardEntry, SftRecipe
+from .schema import Recipe, RewardEntry, SftRecipe
+from .sections import MARK
 
 OUTSIDE = {"type": "string", "pattern": "^[A-Za-z_][\\w.]*:[A-Za-z_]\\w*$"}
 
@@ -52,6 +53,14 @@ def _relax(definitions: dict[str, Any]) -> None:
     for name in ("ObjectiveSection", "SamplerSection"):
         definitions[name].pop("required", None)
     definitions["Recipe"]["required"].remove("objective")
+    presets, choices = sorted(load_samplers()), definitions["SamplerSection"]
+    definitions["SamplerChoices"] = choices
+    choices["properties"]["preset"]["anyOf"][0] = {"enum": presets}
+    definitions["SamplerSection"] = {
+        "if": {"type": "string"},
+        "then": {"enum": presets},
+        "else": {"$ref": "#/$defs/SamplerChoices"},
+    }
     definitions["Recipe"]["properties"]["method"] = {
         "anyOf": [{"enum": sorted(load_methods())}, {"type": "null"}],
         "description": definitions["Recipe"]["properties"]["method"]["description"],

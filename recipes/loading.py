@@ -19,13 +19,20 @@ from pydantic.fields import FieldInfo
 from .explaining import explain
 from .reading import apply_override, find_recipe, merge, parse_yaml, read_mapping
 from .registry import SLOTS, RecipeError, nearest
-from .schema import InSlot, Recipe, RewardEntry, SftEvaluationSection, SftRecipe
+from .schema import Recipe, RewardEntry, SftEvaluationSection, SftRecipe
+from .sections import InSlot
 
 PART_MODULES = {
     "task": "recipes.problems",
-    "schedule": "rollouts.schedules",
-    "score": "rollouts.scores",
-    "selection": "rollouts.selection",
+    "canvas": "rollouts.canvases",
+    "schedule": "rollouts.sampler",
+    "score": "rollouts.sampler",
+    "selection": "rollouts.sampler",
+    "remasking": "rollouts.remasking",
+    "editing": "rollouts.remasking",
+    "length": "rollouts.lengths",
+    "transform": "rollouts.transforms",
+    "cache": "rollouts.caches",
     "reward": "rewards",
     "advantage": "rl.advantages",
     "estimator": "rl.estimators",
@@ -66,16 +73,20 @@ def resolve(data: dict[str, Any]) -> Recipe | SftRecipe:
     kind = data.get("kind", "rl")
     if not isinstance(kind, str) or kind not in KINDS:
         raise RecipeError(f"kind: {kind!r} is not one of {', '.join(KINDS)}.{nearest(str(kind), list(KINDS))}")
-    data = _with_evaluation_sampler(_with_method(data), kind)
+    written = data.get("objective")
+    data = _with_evaluation_sampler(_with_samplers(_with_method(data)), kind)
     try:
         recipe = KINDS[kind].model_validate(data)
     except ValidationError as error:
         raise RecipeError(explain(error, KINDS[kind])) from error
     for place in parts_of(recipe):
         place.put(_checked(place))
+    from .correcting import settle_correction
     from .crosschecks import check_recipe
 
     check_recipe(recipe)
+    if isinstance(recipe, Recipe):
+        settle_correction(recipe, written if isinstance(written, dict) else {})
     return recipe
 
 
@@ -113,6 +124,34 @@ def _refuse_idle_method(written: dict[str, Any], data: dict[str, Any]) -> None:
         )
 
 
+@functools.cache
+def load_samplers() -> dict[str, dict[str, Any]]:
+    """Return samplers.yaml: for each published decoding method its `summary`, `source`, `departs` and `sampler`."""
+    text = resources.files(__package__).joinpath("samplers.yaml").read_text(encoding="utf-8")
+    return read_mapping(text, "samplers.yaml")
+
+
+def _with_samplers(data: dict[str, Any]) -> dict[str, Any]:
+    """Fill `rollout.sampler` and `evaluation.sampler` from the row of samplers.yaml that they name."""
+    for name in ("rollout", "evaluation"):
+        section = data.get(name)
+        if isinstance(section, dict) and section.get("sampler") is not None:
+            data = {**data, name: {**section, "sampler": named_sampler(section["sampler"], f"{name}.sampler")}}
+    return data
+
+
+def named_sampler(choice: Any, where: str = "sampler") -> Any:
+    """Return a sampler section with the choices of its `preset` filled in; a bare name is a preset."""
+    if isinstance(choice, str):
+        choice = {"preset": choice}
+    if not isinstance(choice, dict) or choice.get("preset") is None:
+        return choice
+    rows, name = load_samplers(), choice["preset"]
+    if not isinstance(name, str) or name not in rows:
+        raise RecipeError(f"{where}.preset: unknown sampler {name!r}.{nearest(str(name), list(rows))}")
+    return merge(rows[name]["sampler"], choice)
+
+
 def _with_evaluation_sampler(data: dict[str, Any], kind: str) -> dict[str, Any]:
     """Lay `evaluation.sampler` over the rollout's sampler (SFT: over the default), so that it may name changes only."""
     evaluation = data.get("evaluation")
@@ -123,7 +162,9 @@ def _with_evaluation_sampler(data: dict[str, Any], kind: str) -> dict[str, Any]:
     base = rollout.get("sampler") if isinstance(rollout, dict) else None
     if kind == "sft":
         base = SftEvaluationSection.model_validate({}).sampler.model_dump()
-    return {**data, "evaluation": {**evaluation, "sampler": merge(base, changes)}}
+    # A named sampler stands for itself; anything else changes the rollout's.
+    merged = changes if changes.get("preset") is not None else merge(base, changes)
+    return {**data, "evaluation": {**evaluation, "sampler": merged}}
 
 
 @dataclass(frozen=True)

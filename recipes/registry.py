@@ -120,7 +120,7 @@ class Slot:
             parameters = inspect.signature(self.get(name), eval_str=True).parameters.values()
         except (TypeError, NameError) as error:
             raise RecipeError(f"{self.name}: the parameters of '{name}' cannot be read ({error}).") from error
-        hidden = {"rng", "noise", "context"}
+        hidden = {"rng", "noise", "context", "state"}
         return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in hidden}
 
     def check(self, choice: Any, where: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -159,9 +159,15 @@ SLOTS: dict[str, Slot] = {
     name: Slot(name, signature)
     for name, signature in {
         "task": "(split, *, seed, ...) -> Rows",
-        "schedule": "(masked_BL, step_B, open_B, *, ...) -> Quota(window_BL, count_B)",
-        "score": "(logp_KV, position_K, noise_K, *, ...) -> score_K",
-        "selection": "(score_BL, quota, *, ...) -> chosen_BL",
+        "schedule": "(masked_BL, step_B, open_B, *, state, ...) -> Quota(window_BL, count_B)",
+        "score": "(statistics, position, noise, *, state, ...) -> score",
+        "selection": "(score_BL, quota, *, state, ...) -> chosen_BL",
+        "remasking": "(state, chosen_AL, score_AL, *, ...) -> retract_AL",
+        "editing": "(state, *, ...) -> edited_AL",
+        "canvas": "(row, frame, *, ...) -> Start(tokens, draft)",
+        "transform": "(logits_KV, state, row_K, place_K, *, ...) -> logits_KV",
+        "length": "(state, *, start, ...) -> Resize",
+        "cache": "(state, layout, *, ...) -> Recompute",
         "reward": "(*, ...) -> function(prompts, completions, completion_ids, **columns) -> list[float | None]",
         "advantage": "(reward_B, group_B, *, ...) -> advantage_B",
         "estimator": "(trajectory, *, rng, context, ...) -> Views",

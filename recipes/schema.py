@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-MARK = "unmask-slot"
-
-
-@dataclass(frozen=True)
-class InSlot:
-    """Marks a field, or the items of a list, as parts of the slot called `slot`."""
-
-    slot: str
-
-    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
-        """Leave the slot's name in the JSON schema, where `recipes.editor` puts the parts."""
-        return {MARK: self.slot}
-
-
-def whole(value: Any) -> Any:
-    """Return 1000.0 as 1000 (YAML reads 1e3 as a float); everything else unchanged."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def named(value: Any) -> Any:
-    """Return the part `name` as `{"name": name}`; everything else unchanged."""
-    return {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else value
-
-
-def listed(value: Any) -> Any:
-    """Return one string as a list of it."""
-    return [value] if isinstance(value, str) else value
-
-
-Int = Annotated[int, BeforeValidator(whole)]
-TokenId = Annotated[int, Field(ge=0), BeforeValidator(whole)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
-Part = Annotated[dict[str, Any], BeforeValidator(named)]
-Tracker = Literal["none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab", "comet_ml", "clearml"]
-NO_TRACKER: list[Tracker] = ["none"]
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-class Section(BaseModel):
-    """Base of all sections."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=False)
+from .sections import (
+    NO_TRACKER,
+    Count,
+    InSlot,
+    Int,
+    Part,
+    RunName,
+    SamplerSection,
+    Section,
+    TokenId,
+    Tracker,
+    listed,
+    named,
+)
 
 
 class LoraSection(Section):
@@ -80,28 +50,10 @@ class ModelSection(Section):
     block_length: Count | None = Field(None, description="block of a block-causal family; null: config.json's")
     context: Count | None = Field(None, description="longest sequence, for which RoPE is rescaled (NTK); null: as is")
     quantization: Literal["4bit"] | None = Field(None, description="4bit: NF4 base under a LoRA adapter (bitsandbytes)")
+    sharding: Literal["none", "fsdp"] = Field(
+        "none", description="fsdp: weights, gradients and optimizer shared out among the processes (FSDP2, --nproc)"
+    )
     lora: LoraSection | None = Field(None, description="adapter; null trains all weights")
-
-
-class EosSection(Section):
-    """What an end-of-sequence token does to a rollout."""
-
-    rule: Literal["stop", "none"] = Field(
-        "stop", description="stop: a row ends with its first EOS; none: the canvas is filled"
-    )
-    suppress: bool = Field(False, description="EOS is never drawn, so every completion fills its canvas")
-
-
-class SamplerSection(Section):
-    """How a canvas is unmasked."""
-
-    schedule: Annotated[Part, InSlot("schedule")] = Field(description="which positions are open and how many to decide")
-    score: Annotated[Part, InSlot("score")] = Field({"name": "confidence"}, description="how open positions are ranked")
-    selection: Annotated[Part, InSlot("selection")] = Field({"name": "top"}, description="which of them are decided")
-    score_temperature: float = Field(1.0, gt=0, description="temperature of the distribution that scores see")
-    eos: EosSection = Field(
-        default_factory=lambda: EosSection.model_validate({}), description="rules for end-of-sequence tokens"
-    )
 
 
 class RolloutSection(Section):
@@ -113,6 +65,9 @@ class RolloutSection(Section):
     prompt_limit: Int = Field(256, ge=1, description="longest prompt in tokens; longer ones are refused")
     temperature: float = Field(1.0, ge=0, description="temperature of the token draw")
     micro_batch: Int = Field(64, ge=1, description="rows of one rollout forward")
+    start: Annotated[Part, InSlot("canvas")] = Field(
+        {"name": "blank"}, description="what stands on the canvas before the first step"
+    )
     sampler: SamplerSection = Field(description="how the canvas is unmasked")
 
 
@@ -181,7 +136,9 @@ class ObjectiveSection(Section):
         "auto", description="auto: none at beta 0, else adapter_off with LoRA and frozen_copy without"
     )
     correction: Annotated[CorrectionSection, BeforeValidator(named)] = Field(
-        default_factory=lambda: CorrectionSection.model_validate({}), description="off-policy correction"
+        default_factory=lambda: CorrectionSection.model_validate({}),
+        description="off-policy correction; unset: truncated, with old: recompute, where the sampler draws from other "
+        "distributions than the policy (approximate cache, guidance, top_p)",
     )
     inner_steps: Int = Field(1, ge=1, description="optimizer steps on each batch of rollouts")
     old: Literal["rollout", "recompute"] = Field("rollout", description="where the ratio's denominator comes from")

@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..rollouts.sampler import Sampler
-from ..rollouts.trajectory import Trajectory
+from ..rollouts.trajectory import Lifetimes, Trajectory
 from .distributed import barrier, rank, world_size
 from .plan import Plan
 from .runfolder import write_json
+from .sharding import load_sharded, save_moments
 
 if TYPE_CHECKING:
     from .trainer import UnmaskTrainer
@@ -79,6 +80,27 @@ def checkpoint_to_resume(path: Path) -> Path:
     return path if own else found[-1]
 
 
+def starting_point(folder: Path, resume: str | bool | None, *, sharded: bool = False) -> Path | None:
+    """Return the checkpoint that a run in `folder` goes on from, None for a new run; leftovers of a resumed one go.
+
+    `resume` is True (the newest) or a folder. Raises CheckpointReadError as `checkpoint_to_resume` does, when a new run
+    would write among the checkpoints of an earlier one, and when the model that would read it is `sharded` already.
+    """
+    if not resume:
+        if found := complete_checkpoints(folder):
+            raise CheckpointReadError(
+                f"{folder}: holds {found[-1].name} of an earlier run; call train(resume_from_checkpoint=True), or set "
+                "another output_dir."
+            )
+        return None
+    if sharded:
+        raise CheckpointReadError(f"{folder}: this process has sharded its model already; resume in a new one.")
+    checkpoint = checkpoint_to_resume(folder if resume is True else Path(resume))
+    if rank() == 0:
+        discard_incomplete(folder)
+    return checkpoint
+
+
 def plan_path(folder: Path, rank: int) -> Path:
     """Return the file of a rank's plan inside a checkpoint."""
     return folder / f"plan-{rank}.safetensors"
@@ -95,6 +117,8 @@ def save_plan(path: Path, plan: Plan | None) -> None:
         value = getattr(trajectory, entry.name)
         if isinstance(value, Tensor):
             tensors[f"trajectory.{entry.name}"] = value.contiguous()
+        elif isinstance(value, Lifetimes):
+            tensors |= {f"retracted.{name}": part.contiguous() for name, part in value._asdict().items()}
         else:
             constants[entry.name] = value
     save_file(tensors, path, metadata={"constants": json.dumps(constants)})
@@ -111,11 +135,13 @@ def load_plan(path: Path, sampler: Sampler, device: torch.device | str = "cpu") 
         for name, value in constants.items():
             if isinstance(value, list):
                 constants[name] = tuple(value)
-        parts: dict[str, dict[str, Tensor]] = {"plan": {}, "trajectory": {}}
+        parts: dict[str, dict[str, Tensor]] = {"plan": {}, "trajectory": {}, "retracted": {}}
         for key, value in tensors.items():
             owner, _, name = key.partition(".")
             parts[owner][name] = value
         recorded: dict[str, Any] = parts["trajectory"] | constants
+        if parts["retracted"]:
+            recorded["retracted"] = Lifetimes(**parts["retracted"])
         return Plan.from_tensors(Trajectory(**recorded), sampler, parts["plan"])
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointReadError(f"{path}: damaged ({error}); resume from an earlier checkpoint.") from error
@@ -180,6 +206,8 @@ class PlanKeeper(TrainerCallback):
         """Finish the checkpoint that Trainer has just written."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         save_plan(plan_path(folder, rank()), self.trainer.plan)
+        if self.trainer.denoiser.root is not None:
+            save_moments(folder, self.trainer.denoiser.model, kwargs["optimizer"])
         barrier()
         if rank() == 0:
             records = self.trainer.records.lengths()
@@ -190,6 +218,8 @@ class PlanKeeper(TrainerCallback):
         checkpoint, self.trainer.plan = self.trainer.checkpoint, None
         if checkpoint is not None:
             mark = {"ranks": 1, "records": {}} | json.loads((checkpoint / MARKER).read_text())
+            if self.trainer.denoiser.root is not None:
+                load_sharded(checkpoint, self.trainer.denoiser, kwargs["optimizer"])
             if state.global_step % args.num_iterations:
                 self.trainer.plan = self._plan_in_flight(checkpoint, mark["ranks"])
             if rank() == 0 and checkpoint.parent.resolve() == Path(args.output_dir).resolve():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -13,6 +12,18 @@ import typer
 
 from .. import __version__
 from ..recipes.registry import RecipeError
+from .cli_arguments import (
+    JsonFile,
+    OptionalRecipe,
+    Processes,
+    RecipeArguments,
+    Resume,
+    TargetArguments,
+    check_output,
+    one_target,
+    write_result,
+)
+from .cli_bench import bench
 from .cli_checks import data_app, reward_app
 
 app = typer.Typer(
@@ -22,40 +33,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench, name="bench")
+app.add_typer(data_app, name="data")
+app.add_typer(reward_app, name="reward")
 # typer brings its own copy of click in newer versions; its public exception leads to the base class in either.
 USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-RecipeArguments = Annotated[list[str], typer.Argument(metavar="RECIPE [KEY.PATH=VALUE]...", show_default=False)]
-OptionalRecipe = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY.PATH=VALUE]...", show_default=False)]
-TargetArguments = Annotated[
-    list[str], typer.Argument(metavar="RUN_OR_MODEL_OR_RECIPE [KEY.PATH=VALUE]...", show_default=False)
-]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE as JSON.")]
-Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes (torchrun is started for more than one).")]
-Resume = Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="Continue this run or checkpoint folder.")]
 
-
-def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Return (names, overrides): what contains `=` is an override."""
-    overrides = [argument for argument in arguments if "=" in argument]
-    return [argument for argument in arguments if "=" not in argument], overrides
-
-
-def one_target(
-    arguments: list[str] | None, what: str = "recipe", otherwise: Path | None = None
-) -> tuple[str, list[str]]:
-    """Return the one name among a command's arguments (`otherwise` where there is none) and its overrides."""
-    names, overrides = split_arguments(arguments or [])
-    if not names and otherwise is not None:
-        names = [str(otherwise)]
-    if len(names) != 1:
-        got = f"got {len(names)}: {', '.join(names)}" if names else "got none"
-        raise RecipeError(f"name one {what} ({got}); overrides are written key.path=value.")
-    return names[0], overrides
-
-
-def load(target: str, overrides: list[str], kind: str) -> Any:
-    """Return a recipe, which must be of this kind."""
+def _load(target: str, overrides: list[str], kind: str) -> Any:
     from ..recipes.loading import load_recipe
 
     recipe = load_recipe(target, overrides)
@@ -71,18 +56,6 @@ def _check_launch(recipe: Any, nproc: int) -> None:
 
     check_world(recipe, nproc)
     check_data(recipe)
-
-
-def check_output(path: Path | None) -> None:
-    """Refuse a result file that cannot be written, before the work and not after it."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise RecipeError(f"--json: cannot write '{path}'; its folder must exist and it must be no folder itself.")
-
-
-def write_json(path: Path | None, value: Any) -> None:
-    """Write a command's result where --json says."""
-    if path is not None:
-        path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 @app.callback(invoke_without_command=True)
@@ -105,11 +78,11 @@ def train(
     """
     target, overrides = one_target(arguments, otherwise=resume)
     check_output(json_file)
-    recipe = load(target, overrides, "rl")
+    recipe = _load(target, overrides, "rl")
     _check_launch(recipe, nproc)
     from . import run
 
-    write_json(json_file, run.train(recipe, nproc=nproc, resume=resume))
+    write_result(json_file, run.train(recipe, nproc=nproc, resume=resume))
 
 
 @app.command()
@@ -119,11 +92,11 @@ def sft(
     """Train on worked solutions (recipes of kind sft)."""
     target, overrides = one_target(arguments, otherwise=resume)
     check_output(json_file)
-    recipe = load(target, overrides, "sft")
+    recipe = _load(target, overrides, "sft")
     _check_launch(recipe, nproc)
     from . import run
 
-    write_json(json_file, run.sft(recipe, nproc=nproc, resume=resume))
+    write_result(json_file, run.sft(recipe, nproc=nproc, resume=resume))
 
 
 @app.command()
@@ -140,7 +113,7 @@ def evaluate(
     check_output(json_file)
     from . import run
 
-    write_json(json_file, run.evaluate(target, overrides=overrides, problems=problems))
+    write_result(json_file, run.evaluate(target, overrides=overrides, problems=problems))
 
 
 @app.command()
@@ -159,6 +132,9 @@ def sample(
 def check(
     arguments: RecipeArguments,
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the recipe with every default as YAML.")] = False,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="Processes [default: 1, or up to 8 for a sharded model].")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Check a recipe without reading weights.
@@ -171,16 +147,12 @@ def check(
     from .cli_summary import print_summary, summary
 
     recipe = load_recipe(target, overrides)
-    facts = summary(recipe, target)
+    facts = summary(recipe, target, nproc)
     if resolved:
         typer.echo(dump_recipe(recipe), nl=False)
     else:
         print_summary(facts)
-    write_json(json_file, facts)
-
-
-app.add_typer(data_app, name="data")
-app.add_typer(reward_app, name="reward")
+    write_result(json_file, facts)
 
 
 @app.command()
@@ -200,6 +172,14 @@ def methods(name: Annotated[str | None, typer.Argument(show_default=False)] = No
     from .cli_summary import print_methods
 
     print_methods(name)
+
+
+@app.command()
+def samplers(name: Annotated[str | None, typer.Argument(show_default=False)] = None) -> None:
+    """List named samplers, or show the choices of one."""
+    from .cli_summary import print_samplers
+
+    print_samplers(name)
 
 
 @app.command()
@@ -249,7 +229,7 @@ def doctor(
     check_output(json_file)
     from .doctor import doctor as examine
 
-    write_json(json_file, examine(model=model, family=family, mask_token_id=mask, block_length=block))
+    write_result(json_file, examine(model=model, family=family, mask_token_id=mask, block_length=block))
 
 
 @app.command()
@@ -267,7 +247,7 @@ def export(
     check_output(json_file)
     from .export import export as write
 
-    write_json(json_file, write(run, to, layout=layout, dtype=dtype))
+    write_result(json_file, write(run, to, layout=layout, dtype=dtype))
 
 
 @app.command()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-RecipeArguments = Annotated[list[str], typer.Argument(metavar="RECIPE [KEY.PATH=VALUE]...", show_default=False)]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result to FILE as JSON.")]
+from ..recipes.registry import RecipeError
+from .cli_arguments import JsonFile, RecipeArguments, check_output, one_target, write_result
+
 data_app = typer.Typer(help="Look at a recipe's data without a model.")
 reward_app = typer.Typer(help="Try a recipe's rewards without a model.")
 
@@ -30,13 +30,12 @@ def data_check(arguments: RecipeArguments, json_file: JsonFile = None) -> None:
     Prompts, columns and what rewards read of them, lengths in tokens, duplicates between training and held-out rows.
     """
     from ..recipes.loading import load_recipe
-    from . import cli
     from .datacheck import data_check as examine
 
-    target, overrides = cli.one_target(arguments)
-    cli.check_output(json_file)
+    target, overrides = one_target(arguments)
+    check_output(json_file)
     reports = examine(load_recipe(target, overrides))
-    cli.write_json(json_file, [vars(report) for report in reports])
+    write_result(json_file, [vars(report) for report in reports])
 
 
 @reward_app.command("check")
@@ -49,12 +48,15 @@ def reward_check(
 
     Gold answers must score 1, and no trick more than an honest wrong answer; exit code 1 otherwise.
     """
-    from . import cli
+    from ..recipes.loading import load_recipe
     from .rewardcheck import reward_check as examine
 
-    target, overrides = cli.one_target(arguments)
-    cli.check_output(json_file)
-    findings = examine(cli.load(target, overrides, "rl"), rows)
-    cli.write_json(json_file, [vars(finding) for finding in findings])
+    target, overrides = one_target(arguments)
+    check_output(json_file)
+    recipe = load_recipe(target, overrides)
+    if recipe.kind != "rl":
+        raise RecipeError(f"kind: '{recipe.name}' is a supervised recipe; rewards are checked of one of kind rl.")
+    findings = examine(recipe, rows)
+    write_result(json_file, [vars(finding) for finding in findings])
     if not all(finding.passed for finding in findings):
         raise typer.Exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from ..recipes.crosschecks import check_data, notes, step_limit
-from ..recipes.loading import import_parts, load_methods
+from ..recipes.crosschecks import check_data, check_world, notes, step_limit
+from ..recipes.loading import import_parts, load_methods, load_samplers
 from ..recipes.reading import SCHEMA_FILE, shipped_recipes
 from ..recipes.registry import SLOTS, RecipeError, nearest
-from ..recipes.schema import Recipe, SamplerSection, SftRecipe
+from ..recipes.schema import Recipe, SftRecipe
+from ..recipes.sections import SamplerSection
+
+MACHINE = 8  # devices that `check` assumes for a sharded recipe
+SAMPLER_SLOTS = ("schedule", "score", "selection", "remasking", "editing", "transform", "length", "cache")
 
 
 def console() -> Console:
@@ -31,9 +36,17 @@ def words(choice: dict[str, Any]) -> str:
     return f"{choice['name']}({', '.join(knobs)})" if knobs else str(choice["name"])
 
 
-def summary(recipe: Recipe | SftRecipe, target: str) -> dict[str, Any]:
-    """Return what a recipe will do, key by key, with the state of its data and the next command."""
-    facts = _sft_facts(recipe) if isinstance(recipe, SftRecipe) else _rl_facts(recipe)
+def summary(recipe: Recipe | SftRecipe, target: str, nproc: int | None = None) -> dict[str, Any]:
+    """Return what a recipe will do, key by key, with the state of its data and the next command.
+
+    `nproc` processes share its work (None: one, or up to `MACHINE` where the recipe shares out its weights).
+    """
+    if nproc is None:
+        nproc = 1
+        if isinstance(recipe, Recipe) and recipe.model.sharding == "fsdp":
+            nproc = max(2, math.gcd(MACHINE, recipe.rollout.prompts))
+    check_world(recipe, nproc)
+    facts = _sft_facts(recipe) if isinstance(recipe, SftRecipe) else _rl_facts(recipe, nproc)
     facts["notes"] = notes(recipe)
     missing = _missing_file(recipe)
     if missing is None:
@@ -42,10 +55,11 @@ def summary(recipe: Recipe | SftRecipe, target: str) -> dict[str, Any]:
     else:
         facts["data"] = f"not checked: there is no file '{missing}' yet"
     command = "sft" if isinstance(recipe, SftRecipe) else "train"
-    facts["next"] = f"unmask {command} {target}" if missing is None else f"put the data at {missing}"
+    launch = f"unmask {command} {target}" + (f" --nproc {nproc}" if nproc > 1 else "")
+    facts["next"] = launch if missing is None else f"put the data at {missing}, then {launch}"
     if missing is not None and not Path(missing).suffix:
         facts["data"] = f"not checked: {missing} is on the hub"
-        facts["next"] = f"unmask data check {target}"
+        facts["next"] = f"unmask data check {target}, then {launch}"
     return facts
 
 
@@ -62,7 +76,8 @@ def _missing_file(recipe: Recipe | SftRecipe) -> str | None:
     return None
 
 
-def _rl_facts(recipe: Recipe) -> dict[str, Any]:
+def _rl_facts(recipe: Recipe, nproc: int) -> dict[str, Any]:
+    _check_cache(recipe)
     rollout, objective, lora = recipe.rollout, recipe.objective, recipe.model.lora
     rollouts, nfe = rollout.prompts * rollout.group, step_limit(rollout.sampler, rollout.canvas)
     trained = "all weights" if lora is None else f"LoRA rank {lora.rank}, alpha {lora.alpha:g}"
@@ -77,11 +92,12 @@ def _rl_facts(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.name,
         "model": f"{recipe.model.path}, {recipe.model.dtype}, {trained}",
         "task": words(recipe.task),
-        "memory": _memory_words(recipe),
+        "memory": _memory_words(recipe, nproc),
         "rewards": ", ".join(f"{entry.weight:g} x {words(entry.model_dump())}" for entry in recipe.rewards),
         "method": recipe.method or "written out in objective",
         "objective": _objective_words(recipe),
         "sampler": f"{_sampler_words(rollout.sampler)}, temperature {rollout.temperature:g}",
+        "log_probs": _status_words(rollout.sampler.model_dump(), rollout.temperature),
         "canvas": rollout.canvas,
         "nfe_at_most": nfe,
         "rollouts_a_batch": rollouts,
@@ -94,22 +110,35 @@ def _rl_facts(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _memory_words(recipe: Recipe) -> str:
+def _check_cache(recipe: Recipe) -> None:
+    """Refuse a cache that the model's family cannot have, where its config is at hand."""
+    from ..rollouts.caches import check_family
+    from .memory import known_config, on_meta
+
+    choice, vendor = recipe.rollout.sampler.cache, known_config(recipe.model.path)
+    if choice is not None and vendor is not None:
+        check_family(SLOTS["cache"].build(choice), on_meta(recipe, vendor).family)
+
+
+def _memory_words(recipe: Recipe, nproc: int) -> str:
     """Return what a device will hold, by what holds it."""
     from .memory import estimate
 
-    found = estimate(recipe)
+    found = estimate(recipe, nproc)
     if found is None:
         return f"not estimated: '{recipe.model.path}' is no local folder and its sizes are not known"
     parts = {
         "weights": found.weights,
         "adapter": found.adapter,
         "gradients and optimizer": found.optimizer,
+        "layers gathered for an update": found.gathered,
         "a chunk's activations": found.activations,
+        "weights gathered for rollouts": found.whole,
         "a rollout step's tables": found.rollout,
     }
     words = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items() if size)
-    return f"about {_gigabytes(found.total)} a device ({words})"
+    devices = f"on each of {nproc} devices" if recipe.model.sharding == "fsdp" else "a device"
+    return f"about {_gigabytes(found.total)} {devices} ({words})"
 
 
 def _gigabytes(size: int) -> str:
@@ -134,7 +163,19 @@ def _sft_facts(recipe: SftRecipe) -> dict[str, Any]:
 
 
 def _sampler_words(sampler: SamplerSection) -> str:
-    return " / ".join(words(choice) for choice in (sampler.schedule, sampler.score, sampler.selection))
+    chosen = [sampler.schedule, sampler.score, sampler.selection]
+    more = {name: getattr(sampler, name) for name in ("remasking", "editing", "length", "cache")}
+    chosen += [{**choice, "name": f"{name} {choice['name']}"} for name, choice in more.items() if choice is not None]
+    return " / ".join(map(words, chosen))
+
+
+def _status_words(section: dict[str, Any], temperature: float) -> str:
+    """Return what the log-probabilities of a sampler's rollouts are worth, with the reason where they are not exact."""
+    from ..rollouts.sampler import build_sampler
+
+    built = build_sampler(section, temperature=temperature)
+    reason = built.refusal or built.mismatch
+    return built.status if reason is None else f"{built.status} ({reason})"
 
 
 def _objective_words(recipe: Recipe) -> str:
@@ -166,16 +207,26 @@ def print_parts(slot: str | None) -> None:
     for name in [slot] if slot is not None else list(SLOTS):
         import_parts(name)
         table = Table(title=f"{name}   {SLOTS[name].signature}", title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for heading in ("part", "knobs", "what it is"):
+        headings = ("part", "knobs", "what it is", *(("log-probs",) if name in SAMPLER_SLOTS else ()))
+        for heading in headings:
             table.add_column(heading, overflow="fold", style="bold" if heading == "part" else "")
         for part in SLOTS[name]:
             line = (inspect.getdoc(SLOTS[name].get(part)) or "").partition("\n")[0]
-            table.add_row(part, "\n".join(map(_knob, SLOTS[name].knobs(part).values())), line)
+            cells = [part, "\n".join(map(_knob, SLOTS[name].knobs(part).values())), line]
+            table.add_row(*cells, *((_part_status(name, part),) if name in SAMPLER_SLOTS else ()))
         out.print(table)
         out.print()
     out.print(
         "A part of your own: `package.module:function`; its keyword-only parameters are its knobs.", soft_wrap=True
     )
+
+
+def _part_status(slot: str, name: str) -> str:
+    """Return what a part of a sampler leaves of the log-probabilities, and why."""
+    from ..rollouts.sampler import traits_named
+
+    found = traits_named(slot, name)
+    return f"{found.status}: {found.learns}" if found.learns else found.status
 
 
 def _knob(parameter: inspect.Parameter) -> str:
@@ -201,6 +252,24 @@ def print_methods(name: str | None) -> None:
     if name not in rows:
         raise RecipeError(f"methods: unknown method '{name}'.{nearest(name, list(rows))}")
     out.print(yaml.safe_dump({name: rows[name]}, sort_keys=False, width=100), end="", soft_wrap=True)
+
+
+def print_samplers(name: str | None) -> None:
+    """Print the named samplers and what their log-probs are, or everything about the one called `name`."""
+    rows, out = load_samplers(), console()
+    if name is None:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for heading in ("sampler", "what it is", "log-probs"):
+            table.add_column(heading, overflow="fold", style="bold" if heading == "sampler" else "")
+        for preset, row in rows.items():
+            table.add_row(preset, row["summary"], _status_words(row["sampler"], 1.0))
+        out.print(table)
+        out.print("`unmask samplers NAME` shows the choices of one; `sampler: {preset: NAME, ...}` overrides them.")
+        return
+    if name not in rows:
+        raise RecipeError(f"samplers: unknown sampler '{name}'.{nearest(name, list(rows))}")
+    shown = {**rows[name], "log-probs above temperature 0": _status_words(rows[name]["sampler"], 1.0)}
+    out.print(yaml.safe_dump({name: shown}, sort_keys=False, width=100), end="", soft_wrap=True)
 
 
 def print_recipes() -> None:

@@ -57,8 +57,8 @@ WITHOUT_EFFECT = {
     "neftune_noise_alpha": "leave it out; noise would make the ratio of a fresh rollout differ from 1",
     "torch_compile": "leave it out; compiled forwards are not supported yet",
     "use_liger_kernel": "leave it out; Liger replaces a loss that is not used here",
-    "fsdp": "use one process a model, or DDP (torchrun); sharded models are not supported yet",
-    "deepspeed": "use one process a model, or DDP (torchrun); sharded models are not supported yet",
+    "fsdp": "set sharding='fsdp', which shares the weights out by torch's own FSDP2",
+    "deepspeed": "set sharding='fsdp', which shares the weights out by torch's own FSDP2",
     "load_best_model_at_end": "evaluate the checkpoints (unmask evaluate) and choose one",
     "save_only_model": "leave it out; a checkpoint without the optimizer cannot be resumed exactly",
     "train_sampling_strategy": "sort the dataset itself; every epoch is shuffled by the seed",
@@ -89,6 +89,7 @@ class UnmaskConfig(TrainingArguments):
     rollout_batch_size: int = field(default=64, metadata={"help": "Rollouts a denoising forward."})
     chunk_size: int = field(default=32, metadata={"help": "Views a training forward."})
     reference: str = field(default="auto", metadata={"help": "auto, adapter_off, frozen_copy or none."})
+    sharding: str = field(default="none", metadata={"help": "fsdp: weights and optimizer shared among the processes."})
     log_rollouts_every: int = field(default=10, metadata={"help": "Batches between stored rollouts (0: never)."})
     eval_problems: int = field(default=512, metadata={"help": "Held-out problems an evaluation."})
     eval_temperature: float | None = field(default=None, metadata={"help": "That of evaluation; None: temperature."})
@@ -109,6 +110,8 @@ class UnmaskConfig(TrainingArguments):
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise RecipeError(f"UnmaskConfig.{name}: {getattr(self, name)} must be at least 1.")
+        if self.sharding not in ("none", "fsdp"):
+            raise RecipeError(f"UnmaskConfig.sharding: '{self.sharding}' is neither none nor fsdp.")
         if self.temperature <= 0:
             raise RecipeError(f"UnmaskConfig.temperature: {self.temperature} must be above 0; argmax has no gradient.")
         self.remove_unused_columns = False

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def active() -> bool:
@@ -51,11 +52,12 @@ def gather_objects(value: Any) -> list[Any]:
 def reduce_gradients(parameters: Iterable[nn.Parameter], *, average: bool) -> None:
     """Sum (or average) gradients over ranks in one flat buffer.
 
-    The forward does not pass through DDP's wrapper, whose reducer wants one forward a step; here there are many.
+    The forward does not pass through DDP's wrapper, whose reducer wants one forward a step; here there are many. Those
+    of sharded parameters are left alone: FSDP has summed them.
     """
-    if not active():
+    trainable = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    if not active() or not trainable:
         return
-    trainable = [p for p in parameters if p.requires_grad]
     held = torch.tensor([p.grad is not None for p in trainable], dtype=torch.int32, device=_device())
     dist.all_reduce(held)
     # What has a gradient on no rank keeps none: the optimizer passes over it, as it does in one process.

@@ -37,25 +37,21 @@ def trace(
     that exactly, the choice of positions is an action as well.
     """
     check_steps(steps, k)
-    action_BL = trajectory.action_BL(tokens)
-    row_K, position_K = action_BL.nonzero(as_tuple=True)
-    born_K = trajectory.born_BL[row_K, position_K].long()
+    row_K, position_K, born_K, target_K, logprob_K = trajectory.actions(tokens)
     stride = int(trajectory.steps_B.max()) + 1 if len(trajectory) else 1
-    # Row-major order of `nonzero` survives the stable sort, so positions ascend inside a view.
-    key_K, order_K = torch.sort(row_K * stride + born_K, stable=True)
-    key_N, view_K = torch.unique_consecutive(key_K, return_inverse=True)
+    key_N, view_K = torch.unique_consecutive(row_K * stride + born_K, return_inverse=True)
     row_N, step_N = key_N // stride, key_N % stride
-    views_B = torch.bincount(row_N, minlength=len(trajectory))
     views = Views(
         trajectory=trajectory,
         row_N=row_N,
         step_N=step_N,
         inclusion_N=torch.ones(len(row_N), device=row_N.device),
         view_K=view_K,
-        position_K=position_K[order_K],
-        target_K=trajectory.tokens_BL[row_K, position_K][order_K],
-        count_B=action_BL.sum(1),
-        views_B=views_B,
+        position_K=position_K,
+        target_K=target_K,
+        behaviour_K=logprob_K,
+        count_B=torch.bincount(row_K, minlength=len(trajectory)),
+        views_B=torch.bincount(row_N, minlength=len(trajectory)),
         sampler=context if context is not None and context.exact_choice else None,
     )
     return views if k is None else _uniform_k(views, k, rng)

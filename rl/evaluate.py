@@ -16,6 +16,7 @@ from ..recipes.tasks import Row, Rows
 from ..rollouts.worker import RolloutBatch, RolloutWorker
 from .distributed import gather_objects, rank, world_size
 
+CLOCKS = ("wall_s", "tokens_per_s")
 EVALUATION_STEP = -1  # a step no training batch has: evaluation noise is the same before, during and after training
 
 
@@ -40,6 +41,13 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""
         return asdict(self)
+
+    def metrics(self, prefix: str) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the numbers under the names of our records, and under those that Trainer's callbacks look for."""
+        values = {name: value for name, value in self.as_dict().items() if isinstance(value, int | float)}
+        values |= self.components
+        logged = {f"time/{prefix}_{k}" if k in CLOCKS else f"{prefix}/{k}": v for k, v in values.items()}
+        return logged, {f"{prefix}_{name}": value for name, value in values.items()}
 
 
 def heldout_rows(rows: Rows, problems: int) -> list[Row]:

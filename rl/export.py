@@ -14,7 +14,9 @@ from torch import Tensor
 from ..policies.adapters import merged
 from ..policies.denoiser import Denoiser
 from ..policies.loading import load_denoiser
+from ..policies.saving import whole_folder
 from ..recipes.loading import load_recipe
+from ..rollouts.noise import generator
 from .runfolder import RunError, write_json
 from .targets import open_target
 
@@ -26,8 +28,8 @@ def export(target: str, to: Path, *, layout: str = "vendor", dtype: str | None =
     """Write the policy of a run to the new folder `to` and return what was verified.
 
     The base is loaded in float32 whatever the run trained in (4-bit bases in full), the adapter merged into it, and the
-    merged logits must equal those with the adapter on, and differ from the base's. Raises RunError otherwise, and when
-    `to` holds files already.
+    merged logits must equal those with the adapter on, and differ from the base's; the folder, read again, must give
+    them bit for bit. Raises RunError otherwise, with nothing written, and when `to` holds files already.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise RunError(f"export: dtype '{dtype}' is neither float32 nor bfloat16.")
@@ -49,14 +51,14 @@ def export(target: str, to: Path, *, layout: str = "vendor", dtype: str | None =
     for parameter in denoiser.model.parameters():
         parameter.data = parameter.data.to(getattr(torch, report["dtype"]))
     denoiser.model.config.dtype = getattr(torch, report["dtype"])
-    denoiser.save(to, layout=layout)
     family = denoiser.family.name if layout == "vendor" else None
-    again = load_denoiser(str(to), dtype=report["dtype"], family=family, tokenizer=denoiser.tokenizer)
-    with torch.no_grad():
-        report["written_minus_merged"] = (again.logits(ids) - denoiser.logits(ids)).abs().max().item()
-    if report["written_minus_merged"] > 0.0:
-        raise RunError(f"export: '{to}' read again gives other logits (by {report['written_minus_merged']:.2g}).")
-    write_json(to / "export.json", report)
+    with whole_folder(to) as unfinished, torch.no_grad():
+        denoiser.save(unfinished, layout=layout)
+        again = load_denoiser(str(unfinished), dtype=report["dtype"], family=family, tokenizer=denoiser.tokenizer)
+        apart = report["written_minus_merged"] = (again.logits(ids) - denoiser.logits(ids)).abs().max().item()
+        if not apart == 0.0:
+            raise RunError(f"export: what was written gives other logits when read again (by {apart:.2g}); try again.")
+        write_json(unfinished / "export.json", report)
     _show(report)
     return report
 
@@ -78,10 +80,11 @@ def _show(report: dict[str, Any]) -> None:
 
 def probe(denoiser: Denoiser) -> Tensor:
     """Return random token ids to compare models on."""
-    generator = torch.Generator().manual_seed(0)
     length = denoiser.family.block_length or 1
     shape = (PROBE[0], max(PROBE[1] // length, 2) * length)
-    return torch.randint(0, denoiser.family.vocab_size, shape, generator=generator).to(denoiser.device)
+    return torch.randint(0, denoiser.family.vocab_size, shape, generator=generator(0, "export-probe", 0)).to(
+        denoiser.device
+    )
 
 
 def compare(found: Tensor, adapted: Tensor, base: Tensor) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .losses import NonFiniteError
 
@@ -16,6 +17,7 @@ def require_finite_gradient(parameters: Iterable[nn.Parameter], step: int) -> No
     if not gradients:
         return
     norm = torch.nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if not bool(norm.isfinite()):
         raise NonFiniteError(
             f"update {step + 1}: the norm of the gradient is {norm.item()}; nothing was stepped. Lower optim.lr, and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,59 +13,97 @@ from peft import PeftModel
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AttentionInterface
+from transformers.integrations.moe import ExpertsInterface
 
 from ..policies.adapters import attach_adapter, lora_config
 from ..policies.denoiser import Denoiser
-from ..policies.layout import CheckpointError, Family, Layout
+from ..policies.layout import Family, Layout
 from ..policies.loading import TINY, stock_classes, stock_config, tiny_folder
 from ..policies.published import CONFIGS
-from ..policies.resolving import BLOCK_FIELDS, find_layout, read_config
+from ..policies.quantization import STACKS, recompute_experts, stacked_experts
+from ..policies.resolving import check_config, find_layout, read_config, resolve_family
 from ..recipes.schema import Recipe
+from ..rollouts.measures import CHUNK_ENTRIES
 from .settings import quiet_peft
 
 COUNTED = "unmask_counted"
 NF4_BYTES = 0.5 + 4 / 64  # half a byte a weight, and an fp32 absmax for 64 of them
-ADAM_BYTES = 8  # two fp32 moments
+GRADIENT_AND_MOMENTS = 3  # a gradient and Adam's two moments, all in the dtype of their weight
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by what holds them; `total` is the peak of an update, which rollouts stay below unless they say so."""
+    """Bytes on each device by what holds them.
+
+    Sharded weights are gathered layer by layer for an update (`gathered`) and all of them for a rollout (`whole`).
+    """
 
     weights: int
     adapter: int
     optimizer: int
     activations: int
     rollout: int
+    gathered: int = 0
+    whole: int = 0
 
     @property
     def total(self) -> int:
-        """The larger of update and rollout, in bytes."""
-        return self.weights + self.adapter + self.optimizer + max(self.activations, self.rollout)
+        """The peak of an update or of a rollout, whichever is larger, in bytes."""
+        kept = self.weights + self.adapter + self.optimizer
+        return kept + max(self.gathered + self.activations, self.whole + self.rollout)
 
 
-def estimate(recipe: Recipe) -> Estimate | None:
-    """Return the memory a recipe needs, or None for a hub model whose sizes are not known before it is downloaded."""
+def estimate(recipe: Recipe, ranks: int = 1) -> Estimate | None:
+    """Return the memory a recipe needs on each of `ranks` devices, among which a sharded recipe shares its weights out.
+
+    None for a hub model whose sizes are not known before it is downloaded.
+    """
     vendor = known_config(recipe.model.path)
     if vendor is None:
         return None
     denoiser = on_meta(recipe, vendor)
+    sharded = recipe.model.sharding == "fsdp"
     parameters = list(denoiser.model.parameters())
-    trained = [p for p in parameters if p.requires_grad]
     adapted = isinstance(denoiser.model, PeftModel)
-    frozen = [p for p in parameters if not p.requires_grad] if adapted else parameters
-    own = _bytes(trained) if adapted else 0
+    trained = sum(p.numel() * _kept(p, sharded) for p in parameters if p.requires_grad)
+    frozen = _quantized(denoiser) if recipe.model.quantization else _bytes(p for p in parameters if not p.requires_grad)
+    if recipe.objective.beta > 0 and (recipe.objective.reference == "frozen_copy" or not adapted):
+        frozen += frozen + trained if adapted else _bytes(parameters)
+    shares = ranks if sharded else 1
     rows, tokens = recipe.objective.chunk, recipe.rollout.prompt_limit + recipe.rollout.canvas
     scored = rows * _scored(recipe)
     vocabulary = denoiser.family.vocab_size
-    open_positions = recipe.rollout.micro_batch * _window(recipe)
+    # The statistics pass holds a chunk of logits and what it makes of them.
+    chunk = min(recipe.rollout.micro_batch * _window(recipe) * vocabulary, CHUNK_ENTRIES["other"])
     return Estimate(
-        weights=_quantized(denoiser) if recipe.model.quantization else _bytes(frozen),
-        adapter=own,
-        optimizer=sum(p.numel() for p in trained) * ADAM_BYTES + _bytes(trained),  # moments and gradients
+        weights=(frozen if adapted else frozen + trained) // shares,
+        adapter=trained // shares if adapted else 0,
+        optimizer=GRADIENT_AND_MOMENTS * trained // shares,
         activations=saved_bytes(denoiser, rows, tokens, scored) + 3 * scored * vocabulary * 4,
-        rollout=4 * open_positions * vocabulary * 4,
+        rollout=4 * chunk * 4 + _store(denoiser, recipe),
+        gathered=_gathered(denoiser) if sharded else 0,
+        whole=_bytes(parameters) if sharded else 0,
     )
+
+
+def _kept(parameter: Any, sharded: bool) -> int:
+    """Return the bytes that a trained weight is kept in: sharded ones in float32, whatever forwards run in."""
+    return 4 if sharded else parameter.element_size()
+
+
+def _gathered(denoiser: Denoiser) -> int:
+    """Return the bytes that an update has gathered at its peak.
+
+    The root, and two layers, since the next one comes in while one is at work; their gradients before they are shared
+    out, those of a layer once more in float32 on their way.
+    """
+    layers = [list(layer.parameters()) for layer in denoiser.base.base_model.layers]
+    inside = {id(p) for layer in layers for p in layer}
+    root = [p for p in denoiser.model.parameters() if id(p) not in inside]
+    largest = max(layers, key=_bytes)
+    gradients = [p for p in (*root, *largest) if p.requires_grad]
+    leaving = sum(4 * p.numel() for p in largest if p.requires_grad)
+    return _bytes(root) + 2 * _bytes(largest) + _bytes(gradients) + leaving
 
 
 def known_config(path: str) -> dict[str, Any] | None:
@@ -75,14 +114,19 @@ def known_config(path: str) -> dict[str, Any] | None:
     return read_config(folder) if folder.is_dir() else CONFIGS.get(path)
 
 
-def on_meta(recipe: Recipe, vendor: dict[str, Any]) -> Denoiser:
+def on_meta(recipe: Recipe, vendor: dict[str, Any], attention: str = COUNTED) -> Denoiser:
     """Return the recipe's denoiser with its adapter on the meta device."""
     section = recipe.model
     layout = find_layout(vendor, section.family)
+    check_config(vendor, layout)
     config = stock_config(layout, vendor)
-    config._attn_implementation = COUNTED
+    config._attn_implementation = attention
+    if attention == COUNTED:
+        config._experts_implementation = COUNTED
     with torch.device("meta"):
         model = stock_classes(layout, vendor)[1](config).to(getattr(torch, section.dtype))
+    if section.quantization:
+        recompute_experts(model)
     denoiser = Denoiser(model, _family(layout, vendor, recipe), None)  # type: ignore[arg-type]
     if section.lora is None:
         return denoiser
@@ -91,20 +135,12 @@ def on_meta(recipe: Recipe, vendor: dict[str, Any]) -> Denoiser:
 
 
 def _family(layout: Layout, vendor: dict[str, Any], recipe: Recipe) -> Family:
-    found = [recipe.model.block_length, *(vendor.get(name) for name in BLOCK_FIELDS)]
-    block = next((value for value in found if value is not None), None)
-    if layout.attention == "block_causal" and block is None:
-        raise CheckpointError(f"model.block_length: block-causal family '{layout.name}' needs one; set it.")
-    return Family(
-        name=layout.name,
-        vocab_size=vendor.get("embedding_size") or vendor["vocab_size"],
-        mask_token_id=0,
-        eos_token_ids=(),
-        attention=layout.attention,
-        block_length=block if layout.attention == "block_causal" else None,
-        lora_targets=layout.lora_targets,
-        mixture=layout.experts,
-    )
+    """Return the recipe's Family; a mask id that only the tokenizer knows is stood in for, as it takes no memory."""
+    section = recipe.model
+    known = (section.mask_token_id, vendor.get("mask_token_id"), (vendor.get("unmask") or {}).get("mask_token_id"))
+    if all(value is None for value in known):
+        vendor = vendor | {"mask_token_id": 0, "eos_token_id": []}
+    return resolve_family(vendor, layout, section.mask_token_id, block_length=section.block_length)
 
 
 def _scored(recipe: Recipe) -> int:
@@ -120,42 +156,67 @@ def _window(recipe: Recipe) -> int:
     return int(schedule.get("size") or recipe.rollout.canvas)
 
 
-def _bytes(tensors: list[Any]) -> int:
+def _store(denoiser: Denoiser, recipe: Recipe) -> int:
+    """Return the bytes of the keys and values that a rollout's cache keeps."""
+    rollout, config = recipe.rollout, denoiser.base.config
+    if rollout.sampler.cache is None:
+        return 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layer = 2 * config.num_key_value_heads * width * denoiser.base.dtype.itemsize
+    places = rollout.micro_batch * (rollout.prompt_limit + rollout.canvas + 1)
+    return (2 if rollout.sampler.guidance else 1) * places * config.num_hidden_layers * layer
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _quantized(denoiser: Denoiser) -> int:
-    """Return the bytes of a 4-bit base: linear layers other than the head in NF4, the rest as it is."""
+    """Return the bytes of a 4-bit base: linear layers but the head and stacked experts in NF4, the rest as it is.
+
+    Plus one layer's experts in full, which every forward and backward unpacks.
+    """
     head = denoiser.base.get_output_embeddings()
     linear = [m for m in denoiser.base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     adapters = {id(m) for n, m in denoiser.base.named_modules() if "lora_" in n}
-    small = [m.weight for m in linear if id(m) not in adapters]
+    stacks = [[getattr(m, name) for name in STACKS] for m in stacked_experts(denoiser.base)]
+    small = [m.weight for m in linear if id(m) not in adapters] + [p for stack in stacks for p in stack]
     known = {id(p) for p in small}
     rest = [p for p in denoiser.model.parameters() if not p.requires_grad and id(p) not in known]
-    return int(sum(p.numel() for p in small) * NF4_BYTES) + _bytes(rest)
+    return int(sum(p.numel() for p in small) * NF4_BYTES) + _bytes(rest) + max(map(_bytes, stacks), default=0)
 
 
 class _Flash(torch.autograd.Function):
-    """Attention as a fused kernel holds it: q, k, v, the output and a log-sum-exp a query; no T x T matrix."""
+    """Attention as a fused kernel holds it: q, k, v, the mask, the output and a log-sum-exp a query; no scores.
+
+    Only the forward exists: what it saves is counted, nothing is ever propagated back.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        ctx.save_for_backward(query, key, value, mask, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        raise NotImplementedError("counting only")
 
 
 def _counted(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    return _Flash.apply(query, key, value).transpose(1, 2).contiguous(), None
+    # Prompts differ in length: behind a mask, keys and values are repeated for every query's head.
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    mask = query.new_empty(query.shape[0], 1, query.shape[2], key.shape[2])
+    return _Flash.apply(query, key, value, mask).transpose(1, 2).contiguous(), None
+
+
+def _counted_experts(module: Any, hidden_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """What the grouped kernel holds: every token once for each of its experts; all experts have one shape."""
+    gate, up = F.linear(hidden_TD.repeat_interleave(expert_TK.shape[1], dim=0), module.gate_up_proj[0]).chunk(2, dim=-1)
+    out = F.linear(module.act_fn(gate) * up, module.down_proj[0]) * weight_TK.reshape(-1, 1)
+    return out.view(*expert_TK.shape, -1).sum(dim=1)
 
 
 AttentionInterface.register(COUNTED, _counted)
+ExpertsInterface.register(COUNTED, _counted_experts)  # the grouped kernel has no float32 on the meta device
 
 
 def saved_bytes(denoiser: Denoiser, rows: int, tokens: int, scored: int) -> int:

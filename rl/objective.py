@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..recipes.registry import SLOTS, RecipeError
-from ..rollouts.sampler import LogitSource, Sampler
+from ..rollouts.forward import LogitSource
+from ..rollouts.sampler import Sampler
 from ..rollouts.trajectory import Trajectory
 from . import divergences, estimators, surrogates, units, weights  # noqa: F401 (importing registers the parts)
 from .diagnostics import diagnose
@@ -19,6 +20,7 @@ from .distributed import total
 from .losses import LossFunction
 from .plan import Plan
 from .replay import Scores, chunks, join, replay, replay_all
+from .sharding import paced
 from .views import Views
 
 
@@ -125,7 +127,7 @@ class Objective:
         if self.loss.spans_views:
             coefficient_A = self.loss.coefficients(plan, replay_all(policy, plan.views, self.chunk).logprob_A)
         collected: list[Scores] = []
-        for start, stop in chunks(plan.views, self.chunk):
+        for start, stop in paced(policy, chunks(plan.views, self.chunk)):
             part = plan.part(start, stop)
             scores = replay(policy, part.views)
             if coefficient_A is None:
@@ -168,13 +170,12 @@ def _check_inputs(
     if objective.beta > 0 and reference is None:
         raise RecipeError(f"objective.beta: {objective.beta} weighs a divergence to a reference, and there is none.")
     if sampler.exact_choice and trajectory.choice_logprob_BS is None:
-        raise RecipeError("trajectory: choice_logprob_BS is missing; sample with sampled_confidence and exact: true.")
+        raise RecipeError("trajectory: choice_logprob_BS is missing; the rollout's sampler recorded none.")
 
 
 def _behaviour(views: Views) -> Tensor:
     """Return the rollout's own log-probs of the actions of `views`."""
-    trajectory = views.trajectory
-    logprob_K = trajectory.logprob_BL[views.row_K, views.position_K]
+    trajectory, logprob_K = views.trajectory, views.behaviour_K.clone()
     if views.sampler is None:
         return logprob_K
     assert trajectory.choice_logprob_BS is not None

@@ -11,7 +11,9 @@ from ..rollouts.sampler import Sampler
 from ..rollouts.trajectory import Trajectory
 from .views import Views
 
-VIEW_FIELDS = ("row_N", "step_N", "inclusion_N", "view_K", "position_K", "target_K", "count_B", "views_B")
+VIEW_FIELDS = (
+    *("row_N", "step_N", "inclusion_N", "view_K", "position_K", "target_K", "behaviour_K", "count_B", "views_B"),
+)
 PLAN_FIELDS = ("advantage_B", "weight_K", "mass_B", "behaviour_A", "old_A")
 
 

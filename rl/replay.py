@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..rollouts.categorical import log_odds, log_probs
-from ..rollouts.sampler import LogitSource, choice_logprob, window_logits
-from ..rollouts.trajectory import SAMPLED
+from ..rollouts.categorical import log_probs
+from ..rollouts.choices import Scored, choice_logprob, replayed_scores
+from ..rollouts.forward import LogitSource, window_logits
+from .sharding import whole
 from .views import Views
 
 IMPOSSIBLE = -100.0  # nats; stands for log 0 of a recorded choice that the policy can no longer make
@@ -41,7 +42,12 @@ def replay(denoiser: LogitSource, views: Views) -> Scores:
     asked_NL = scored_NL if views.sampler is None else views.window()
     row_N = views.row_N
     logits_WV = window_logits(
-        denoiser, trajectory.prompt_BQ[row_N], trajectory.prompt_mask_BQ[row_N], views.canvas(), asked_NL
+        denoiser,
+        trajectory.prompt_BQ[row_N],
+        trajectory.prompt_mask_BQ[row_N],
+        views.canvas(),
+        asked_NL,
+        views.exists(),
     )
     # Without choices every row is a scored one, and a copy of K x V numbers is saved.
     logits_KV = logits_WV if views.sampler is None else logits_WV[scored_NL[asked_NL]]
@@ -60,30 +66,36 @@ def _choices(views: Views, logits_WV: Tensor, window_NL: Tensor) -> Tensor:
     assert sampler is not None
     banned = trajectory.banned_token_ids
     # All tokens of the step set the bar, also those behind an EOS, which are no actions.
-    sampled_NL = trajectory.source_BL[views.row_N] == SAMPLED
-    chosen_NL = sampled_NL & (trajectory.born_BL[views.row_N] == views.step_N[:, None])
-    score_NL = torch.full(chosen_NL.shape, -torch.inf, dtype=logits_WV.dtype, device=logits_WV.device)
+    token_NL, rank_NL = map(views.seen, trajectory.drawn_at(views.row_N, views.step_N))
+    chosen_NL, rank_NL = token_NL != trajectory.mask_token_id, rank_NL.long()
+    state = views.state()
+    # The drawn tokens stand where they were drawn; elsewhere the score is not read.
+    state.canvas_AL = torch.where(chosen_NL, token_NL, state.canvas_AL)
+    state.window_AL = window_NL
+    if not sampler.draws_first:
+        score_NL = replayed_scores(sampler, logits_WV, state, banned)
+        return choice_logprob(sampler, logits_WV, Scored(score_NL, chosen_NL, rank_NL, window_NL), state, banned)
     with torch.no_grad():
-        logits_MV = logits_WV.detach()[chosen_NL[window_NL]]
-        odds_MV = log_odds(log_probs(logits_MV, temperature=sampler.score_temperature, banned=banned))
-        target_M = trajectory.tokens_BL[views.row_N][chosen_NL]
-        score_NL[chosen_NL] = odds_MV.gather(1, target_M[:, None]).squeeze(1)
-    choice_N = choice_logprob(logits_WV, score_NL, chosen_NL, window_NL, sampler, banned)
+        score_NL = replayed_scores(sampler, logits_WV.detach(), state, banned)
+    scored = Scored(score_NL, chosen_NL, rank_NL, window_NL)
+    choice_N = choice_logprob(sampler, logits_WV, scored, state, banned)
     possible_N = choice_N > -torch.inf
     if bool(possible_N.all()) or bool(choice_N.isnan().any()):
         return choice_N
     # Every token of a position left open beats the bar now: the ratio is 0 and so is its gradient, whereas that of
     # log 0 is NaN. Only the other views are differentiated.
     kept_WV = logits_WV[possible_N[window_NL.nonzero()[:, 0]]]
-    kept = (score_NL[possible_N], chosen_NL[possible_N], window_NL[possible_N])
     index_N = possible_N.nonzero()[:, 0]
-    return torch.full_like(choice_N, IMPOSSIBLE).index_copy(0, index_N, choice_logprob(kept_WV, *kept, sampler, banned))
+    kept_scored, kept_state = Scored(*(table[possible_N] for table in scored)), views.where(possible_N).state()
+    kept = choice_logprob(sampler, kept_WV, kept_scored, kept_state, banned)
+    return torch.full_like(choice_N, IMPOSSIBLE).index_copy(0, index_N, kept)
 
 
 @torch.no_grad()
 def replay_all(denoiser: LogitSource, views: Views, size: int) -> Scores:
     """Return the scores of all views without gradient, `size` views a forward."""
-    parts = [replay(denoiser, views.part(start, stop)) for start, stop in chunks(views, size)]
+    with whole(denoiser):
+        parts = [replay(denoiser, views.part(start, stop)) for start, stop in chunks(views, size)]
     return join(views, parts)
 
 

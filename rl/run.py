@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..policies.adapters import lora_config
 from ..policies.denoiser import Denoiser
+from ..policies.saving import whole_folder
 from ..recipes.loading import dump_recipe, load_recipe
 from ..recipes.registry import SLOTS
 from ..recipes.schema import Recipe, SftRecipe
@@ -33,6 +33,7 @@ from .evaluate import evaluate as evaluate_rows
 from .objective import build_objective
 from .runfolder import RunError, manifest, no_empty_folder, run_folder, write_atomically, write_json
 from .settings import cpu_backend, device_of, rewards_of, scoring_of
+from .sharding import gathered, save_trained
 from .targets import evaluation_worker, load_policy, open_target
 from .trainer import UnmaskTrainer
 
@@ -70,8 +71,7 @@ def train(recipe: Recipe, *, nproc: int = 1, resume: Path | None = None) -> dict
         closing = ClosingEvaluation()
         trainer.add_callback(closing)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if rank() == 0:
-            save_policy(trainer.denoiser, folder)
+        save_policy(trainer.denoiser, folder)
         after = _plain(closing.metrics) if closing.metrics else _evaluated(trainer)
         summary = {
             "run": folder.name,
@@ -124,6 +124,7 @@ def build_trainer(recipe: Recipe, folder: Path) -> UnmaskTrainer:
         eval_sampler=build_sampler(evaluation_sampler),
         objective=build_objective(recipe.objective.model_dump()),
         advantage=SLOTS["advantage"].build(recipe.objective.advantage),
+        start=SLOTS["canvas"].build(recipe.rollout.start, "rollout.start"),
         optim={"name": recipe.optim.optimizer, "matrix_lr": recipe.optim.matrix_lr, "betas": tuple(recipe.optim.betas)},
     )
 
@@ -159,6 +160,7 @@ def arguments(recipe: Recipe, folder: Path) -> UnmaskConfig:
         temperature=recipe.rollout.temperature,
         rollout_batch_size=recipe.rollout.micro_batch,
         reference=recipe.objective.reference,
+        sharding=recipe.model.sharding,
         log_rollouts_every=run.log_rollouts_every,
         eval_problems=recipe.evaluation.problems,
         eval_temperature=recipe.evaluation.temperature,
@@ -247,16 +249,14 @@ def run_manifest(recipe: Recipe | SftRecipe, denoiser: Denoiser) -> dict[str, An
 
 
 def save_policy(denoiser: Denoiser, folder: Path) -> None:
-    """Write the adapter as peft does, or all weights in the vendor's layout; the folder is whole or absent."""
-    name = "adapter" if isinstance(denoiser.model, PeftModel) else "model"
-    unfinished = folder / f".{name}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    if name == "adapter":
-        denoiser.model.save_pretrained(unfinished)
-    else:
-        denoiser.save(unfinished)
-    shutil.rmtree(folder / name, ignore_errors=True)
-    unfinished.rename(folder / name)
+    """Write the adapter as peft does, or all weights in the vendor's layout; the folder is whole or absent.
+
+    Every rank must call this; rank 0 writes.
+    """
+    state = gathered(denoiser)
+    if rank() == 0:
+        with whole_folder(folder / ("adapter" if isinstance(denoiser.model, PeftModel) else "model")) as unfinished:
+            save_trained(denoiser, unfinished, state)
 
 
 def sft(recipe: SftRecipe, *, nproc: int = 1, resume: Path | None = None) -> dict[str, Any]:

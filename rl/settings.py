@@ -14,12 +14,14 @@ from ..rewards import Reward, ScoringConfig, build_rewards
 
 
 def device_of(name: str) -> str:
-    """Return a torch device name; `auto` is cuda when there is one, else cpu."""
-    if name != "auto":
-        return name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "cpu"
+    """Return a torch device name: `auto` is cuda when there is one, else cpu, and cuda is the process's own one.
+
+    torchrun numbers the processes of a machine; weights are read before Trainer gives each of them its device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    local_rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local_rank}" if name == "cuda" and local_rank is not None else name
 
 
 def cpu_backend(device: str) -> str | None:

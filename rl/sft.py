@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from ..policies.denoiser import Denoiser
+from ..policies.layout import Family
 from ..policies.tokenizers import completion_ids, prompt_ids
 from ..recipes.tasks import Rows
 from ..rollouts.noise import generator
@@ -76,19 +77,18 @@ class SftBatches(Dataset):
         self,
         sources: Sequence[Source],
         tokenizer: PreTrainedTokenizerBase,
+        family: Family,
         *,
-        mask_token_id: int,
         batch: int,
         steps: int,
         seed: int,
         mask: str = "exact",
         half_life: float = 0.1,
         full_canvas: float = 0.3,
-        multiple: int = 1,
     ) -> None:
-        self.sources, self.tokenizer, self.mask_token_id = list(sources), tokenizer, mask_token_id
+        self.sources, self.tokenizer, self.family = list(sources), tokenizer, family
         self.batch, self.steps, self.seed, self.full_canvas = batch, steps, seed, full_canvas
-        self.mask, self.half_life, self.multiple = mask, half_life, multiple
+        self.mask, self.half_life = mask, half_life
 
     def __len__(self) -> int:
         return self.steps
@@ -105,14 +105,15 @@ class SftBatches(Dataset):
     def collate(self, rows: Sequence[dict[str, Any]], canvas: int | None, index: int) -> dict[str, Tensor]:
         """Return left-padded prompts and EOS-padded completions of `rows`, with `index`'s corruption."""
         prompts = [prompt_ids(self.tokenizer, row["prompt"]) for row in rows]
-        replies = [completion_ids(self.tokenizer, row["reference"]) for row in rows]
+        replies = [completion_ids(self.tokenizer, row["reference"], self.family.end_id) for row in rows]
         # Families that count blocks from a padded prompt get prompts of whole blocks.
-        width = -(-max(map(len, prompts)) // self.multiple) * self.multiple
+        multiple = self.family.prompt_multiple
+        width = -(-max(map(len, prompts)) // multiple) * multiple
         length = max(map(len, replies))
         if canvas is not None and length > canvas:
             raise ValueError(f"sft: a completion has {length} tokens, the canvas {canvas}; raise tasks[].canvas.")
         length = canvas or length
-        eos = self.tokenizer.eos_token_id
+        eos = self.family.eos_token_ids[0]
         pairs = zip(prompts, replies, strict=True)
         ids = torch.tensor([[eos] * (width - len(p)) + p + r + [eos] * (length - len(r)) for p, r in pairs])
         padding_mask = torch.arange(width + length) >= torch.tensor([[width - len(p)] for p in prompts])
@@ -122,7 +123,7 @@ class SftBatches(Dataset):
         scored_BT = torch.zeros_like(padding_mask)
         scored_BT[:, width:] = masked_BL
         return {
-            "input_ids": ids.masked_fill(scored_BT, self.mask_token_id),
+            "input_ids": ids.masked_fill(scored_BT, self.family.mask_token_id),
             "clean_ids": ids,
             "padding_mask": padding_mask,
             "scored": scored_BT,

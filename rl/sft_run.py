@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from ..policies.denoiser import Denoiser
 from ..policies.loading import load_denoiser, new_denoiser
+from ..policies.saving import whole_folder
 from ..recipes.loading import dump_recipe
 from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import SftRecipe
@@ -163,13 +164,12 @@ def sft(recipe: SftRecipe, *, resume: Path | None = None) -> dict[str, Any]:
         train_dataset=SftBatches(
             sources(recipe),
             denoiser.tokenizer,
-            mask_token_id=denoiser.family.mask_token_id,
+            denoiser.family,
             batch=recipe.sft.batch // world_size(),
             steps=recipe.optim.steps * world_size(),
             seed=recipe.run.seed,
             mask=recipe.sft.mask,
             half_life=recipe.sft.half_life,
-            multiple=denoiser.family.prompt_multiple,
             full_canvas=recipe.sft.full_canvas,
         ),
         callbacks=[EvaluationCallback(recipe, denoiser)],
@@ -185,11 +185,12 @@ def sft(recipe: SftRecipe, *, resume: Path | None = None) -> dict[str, Any]:
         "heldout": {name: result.as_dict() for name, result in results.items()},
     }
     if rank() == 0:
-        denoiser.save(folder / "model")
         seeds = {"run": recipe.run.seed}
         record = manifest(
             device=denoiser.device, dtype=recipe.model.dtype, seeds=seeds, recipe=dump_recipe(recipe), **summary
         )
-        write_json(folder / "model" / "manifest.json", record)
+        with whole_folder(folder / "model") as unfinished:
+            denoiser.save(unfinished)
+            write_json(unfinished / "manifest.json", record)
         write_json(folder / "summary.json", summary)
     return summary

@@ -15,7 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from ..recipes.registry import SLOTS
-from ..rollouts.sampler import denoise
+from ..rollouts.engine import denoise
 from ..rollouts.trajectory import Trajectory
 from ..rollouts.worker import pad_left
 from .settings import rewards_of
@@ -39,8 +39,8 @@ def sample(target: str, *, prompt: str | None = None, overrides: Sequence[str] =
     worker = evaluation_worker(recipe, denoiser, rewards)
     ids = worker.prompt(row)
     prompt_BQ, mask_BQ = pad_left([ids], denoiser.tokenizer.pad_token_id, multiple=denoiser.family.prompt_multiple)
-    device = denoiser.device
-    canvas_BL = torch.full((1, recipe.rollout.canvas), denoiser.family.mask_token_id, device=device)
+    device, id_B = denoiser.device, torch.zeros(1, dtype=torch.long)
+    canvas_BL, draft_BL = worker.canvases([row], id_B, step=0)
     console = Console()
     console.print(Panel(Text(str(row["prompt"])), title="prompt", title_align="left"))
     painter = _Painter(denoiser.tokenizer, denoiser.family.mask_token_id, console)
@@ -50,9 +50,10 @@ def sample(target: str, *, prompt: str | None = None, overrides: Sequence[str] =
             worker.sampler,
             prompt_BQ.to(device),
             mask_BQ.to(device),
-            canvas_BL,
-            torch.zeros(1, dtype=torch.long, device=device),
+            canvas_BL.to(device),
+            id_B.to(device),
             seed=recipe.run.seed,
+            draft_BL=draft_BL.to(device),
             on_step=painter.draw,
         ).to("cpu")
     completion_ids, completions = worker.decode(trajectory)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ..policies.denoiser import Denoiser
 from ..policies.loading import TINY, load_denoiser
 from ..recipes.loading import load_recipe
-from ..recipes.registry import RecipeError
+from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import Recipe
 from ..rewards import Scorer
 from ..rollouts.sampler import build_sampler
@@ -93,4 +93,5 @@ def evaluation_worker(recipe: Recipe, denoiser: Denoiser, rewards: Any) -> Rollo
         prompt_limit=recipe.rollout.prompt_limit,
         seed=recipe.run.seed,
         micro_batch=recipe.rollout.micro_batch,
+        start=SLOTS["canvas"].build(recipe.rollout.start, "rollout.start"),
     )

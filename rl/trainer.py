@@ -23,36 +23,33 @@ from ..policies.reference import build_reference
 from ..recipes.registry import RecipeError
 from ..recipes.tasks import Row, Rows, Stored
 from ..rewards import Reward, Scorer, ScoringConfig, build_rewards, check_columns
+from ..rollouts.canvases import Start
 from ..rollouts.noise import generator
-from ..rollouts.sampler import Sampler, build_sampler
+from ..rollouts.sampler import Sampler
 from ..rollouts.worker import RolloutBatch, RolloutWorker
 from . import advantages
-from .checkpoints import (
-    CheckpointReadError,
-    PlanKeeper,
-    checkpoint_to_resume,
-    complete_checkpoints,
-    discard_incomplete,
-    file_errors,
-)
+from .checkpoints import PlanKeeper, file_errors, starting_point
 from .config import UnmaskConfig
+from .defaults import default_objective, default_sampler, trainable
 from .distributed import gather_objects, rank, reduce_gradients, world_size
 from .evaluate import evaluate, heldout_rows
 from .finite import require_finite_gradient
-from .objective import Objective, build_objective
+from .mismatch import mismatch_by_step
+from .objective import Objective
 from .optimizers import build_optimizer
 from .plan import Plan
 from .progress import Progress
 from .records import Records, batch_metrics, merge_metrics, write_rollouts
 from .settings import quiet_peft
-
-CJ_GRPO = {
-    "estimator": "trace",
-    "unit": "token",
-    "surrogate": "ppo_clip",
-    "weight": "per_step_mean",
-    "divergence": "k3",
-}
+from .sharding import (
+    gathered,
+    leave_out_moments,
+    require_shardable,
+    save_for_resuming,
+    save_trained,
+    shard_for_training,
+    whole,
+)
 
 
 class UnmaskTrainer(Trainer):
@@ -61,7 +58,8 @@ class UnmaskTrainer(Trainer):
     `model` is a Denoiser, a model folder, a hub id or `unmask:tiny`; `reward_funcs` are names, TRL reward functions or
     Rewards; datasets are sequences of rows with a `prompt` (or task Rows). A `peft_config` without target modules
     adapts the family's linear layers. `sampler` (at the temperature of `args`), `objective` and `advantage` default to
-    blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean. One `training_step` is one step.
+    blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean; `start` is a canvas part (default: masks).
+    One `training_step` is one step.
     """
 
     args: UnmaskConfig
@@ -83,6 +81,7 @@ class UnmaskTrainer(Trainer):
         advantage: Callable[[Tensor, Tensor], Tensor] = advantages.group_mean,
         optim: dict[str, Any] | None = None,
         scoring: ScoringConfig | None = None,
+        start: Callable[..., Start] | None = None,
     ) -> None:
         self.denoiser = denoiser = prepare(model, peft_config, args.seed)
         scoring = scoring or ScoringConfig()
@@ -95,8 +94,8 @@ class UnmaskTrainer(Trainer):
         args.max_steps = _steps(args, self.rows)
         _check_group(args.num_generations, advantage)
         sampler = sampler or default_sampler(args)
-        self.sampler = replace(sampler, temperature=args.temperature)
-        self.objective: Objective = objective or default_objective(args)
+        self.sampler = trainable(replace(sampler, temperature=args.temperature))
+        self.objective: Objective = objective or default_objective(args, self.sampler)
         self.advantage, self.optim = advantage, optim or {}
         self.worker = RolloutWorker(
             denoiser=denoiser,
@@ -108,6 +107,7 @@ class UnmaskTrainer(Trainer):
             prompt_limit=args.max_prompt_length,
             seed=args.seed,
             micro_batch=args.rollout_batch_size,
+            start=start,
         )
         eval_temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
         self.eval_worker = replace(self.worker, sampler=replace(eval_sampler or sampler, temperature=eval_temperature))
@@ -116,7 +116,7 @@ class UnmaskTrainer(Trainer):
         # The plan in flight; the checkpoint that `train` resumes from; whether it has been read.
         self.plan: Plan | None = None
         self.checkpoint: Path | None = None
-        self.begun, self._metrics = False, dict[str, float]()
+        self.begun, self._metrics = False, dict[str, Any]()
         super().__init__(
             model=denoiser.model,
             args=args,
@@ -129,11 +129,9 @@ class UnmaskTrainer(Trainer):
 
     def _finish_setup(self, args: UnmaskConfig) -> None:
         """Do what needs the process group and the device, which Trainer's constructor has set up."""
-        if args.num_prompts % world_size():
-            raise RecipeError(
-                f"num_prompts: {args.num_prompts} prompts cannot be shared evenly by {world_size()} processes (a group "
-                f"stays on one); use a multiple of {world_size()}."
-            )
+        _check_shares(args)
+        if args.sharding == "fsdp":
+            require_shardable(self.denoiser, self.optim.get("name", "adamw"))
         self.reference: Any = build_reference(self.denoiser, args.reference, beta=self.objective.beta)
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
@@ -150,19 +148,7 @@ class UnmaskTrainer(Trainer):
         write among the checkpoints of an earlier one; CheckpointWriteError when the disk is full; NonFiniteError.
         """
         folder, self.begun = self.folder, False
-        if resume_from_checkpoint:
-            self.checkpoint = checkpoint_to_resume(
-                folder if resume_from_checkpoint is True else Path(resume_from_checkpoint)
-            )
-            if rank() == 0:
-                discard_incomplete(folder)
-        else:
-            self.checkpoint = None
-            if found := complete_checkpoints(folder):
-                raise CheckpointReadError(
-                    f"{folder}: holds {found[-1].name} of an earlier run; call train(resume_from_checkpoint=True), or "
-                    "set another output_dir."
-                )
+        self.checkpoint = starting_point(folder, resume_from_checkpoint, sharded=self.denoiser.root is not None)
         try:
             with file_errors(folder, lambda: None if self.begun else self.checkpoint):
                 return super().train(str(self.checkpoint) if self.checkpoint else None, trial, ignore_keys_for_eval)
@@ -171,7 +157,11 @@ class UnmaskTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as peft does, or all weights in the vendor's layout, which `load_denoiser` reads."""
-        if _internal_call or isinstance(self.denoiser.model, PeftModel):
+        if (state := gathered(self.denoiser)) is not None:
+            if self.args.should_save:
+                save = save_for_resuming if _internal_call else save_trained
+                save(self.denoiser, Path(output_dir or self.folder), state)
+        elif _internal_call or isinstance(self.denoiser.model, PeftModel):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self.denoiser.save(output_dir or self.folder)
@@ -184,9 +174,14 @@ class UnmaskTrainer(Trainer):
         """Build the optimizer over the trainable parameters once."""
         if self.optimizer is None:
             args = self.args
+            if args.sharding == "fsdp":
+                # From here on: what went before, reading a checkpoint included, saw plain tensors.
+                shard_for_training(self.accelerator, self.denoiser, self.reference)
             defaults: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
             defaults["betas"] = (args.adam_beta1, args.adam_beta2)
             self.optimizer = build_optimizer(self.denoiser.model.named_parameters(), **(defaults | self.optim))
+            if self.denoiser.root is not None:
+                leave_out_moments(self.optimizer)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -214,13 +209,14 @@ class UnmaskTrainer(Trainer):
         first = rank() * prompts
         rows = [self.rows.row(number * self.args.num_prompts + first + offset) for offset in range(prompts)]
         self.denoiser.model.eval()
-        return self.worker.collect(rows, step=number, first_id=first)
+        with whole(self.denoiser):
+            return self.worker.collect(rows, step=number, first_id=first)
 
     def _make_plan(self, batch: RolloutBatch, step: int) -> Plan:
         """Return the plan of a batch; every inner step reuses it."""
         assert batch.advantage_B is not None
         device = self.denoiser.device
-        return self.objective.plan(
+        plan = self.objective.plan(
             self.denoiser,
             self.reference,
             batch.trajectory.to(device),
@@ -228,6 +224,8 @@ class UnmaskTrainer(Trainer):
             rng=generator(self.args.seed, "estimator", step),
             sampler=self.sampler,
         )
+        self._metrics |= mismatch_by_step(plan, self.sampler, self.objective.old)
+        return plan
 
     def _report(self, batch: RolloutBatch, step: int) -> None:
         """Add a batch's means over all ranks to the step's metrics, and store its rollouts when due."""
@@ -243,14 +241,10 @@ class UnmaskTrainer(Trainer):
         rows = self.eval_rows
         if eval_dataset is not None:
             rows = heldout_rows(_as_rows(eval_dataset, self.args.seed, "eval_dataset"), self.args.eval_problems)
-        result = evaluate(self.eval_worker, rows or [])
-        values = {name: value for name, value in result.as_dict().items() if isinstance(value, int | float)}
-        values |= result.components
-        clocks = ("wall_s", "tokens_per_s")
-        prefix = metric_key_prefix
-        self.log({f"time/{prefix}_{k}" if k in clocks else f"{prefix}/{k}": v for k, v in values.items()})
-        # Callbacks and best-model selection look for the prefix that Trainer uses.
-        metrics = {f"{prefix}_{name}": value for name, value in values.items()}
+        with whole(self.denoiser):
+            result = evaluate(self.eval_worker, rows or [])
+        logged, metrics = result.metrics(metric_key_prefix)
+        self.log(logged)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -261,7 +255,8 @@ class UnmaskTrainer(Trainer):
             self._metrics = {}
         if rank() == 0 and not any(key.startswith("train_") for key in logs):
             self.records.write(self.state.global_step, {k: v for k, v in logs.items() if k != "epoch"})
-        super().log(logs, start_time)
+        # Trackers take numbers alone.
+        super().log({k: v for k, v in logs.items() if not isinstance(v, list)}, start_time)
 
 
 def prepare(model: Denoiser | str | Path, peft_config: Any, seed: int) -> Denoiser:
@@ -277,17 +272,13 @@ def prepare(model: Denoiser | str | Path, peft_config: Any, seed: int) -> Denois
         return attach_adapter(denoiser, peft_config, seed=seed)
 
 
-def default_sampler(args: UnmaskConfig) -> Sampler:
-    """Return the sampler used when none is given: blocks of (at most) 32, two tokens a step, by confidence."""
-    size = math.gcd(args.max_completion_length, 32)
-    section = {"schedule": {"name": "blocks", "size": size, "per_step": min(2, size)}}
-    return build_sampler(section, temperature=args.temperature)
-
-
-def default_objective(args: UnmaskConfig) -> Objective:
-    """Return CJ-GRPO with the arguments' clip range, beta and chunk."""
-    clip = {"name": "ppo_clip", "low": args.epsilon, "high": args.epsilon_high or args.epsilon}
-    return build_objective({**CJ_GRPO, "surrogate": clip, "beta": args.beta, "chunk": args.chunk_size})
+def _check_shares(args: UnmaskConfig) -> None:
+    """Raise RecipeError when the processes would not have equally many prompts."""
+    if args.num_prompts % world_size():
+        raise RecipeError(
+            f"num_prompts: {args.num_prompts} prompts cannot be shared evenly by {world_size()} processes (a group "
+            f"stays on one); use a multiple of {world_size()}."
+        )
 
 
 def _rewards(functions: Any, weights: list[float] | None, allow_code: bool) -> list[Reward]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..rollouts.sampler import Sampler
+from ..rollouts.state import State
 from ..rollouts.trajectory import GIVEN, Trajectory
 
 
@@ -31,7 +32,8 @@ class Views:
     N x L table exists, and memory is that of the K <= B x L tokens however many steps there were. `view_K` (ascending),
     `position_K` (ascending inside a view) and `target_K` list the tokens. `inclusion_N` is the probability with which
     the estimator kept the view; `count_B` tokens and `views_B` views are what it would score of a rollout if it kept
-    all. With a `sampler` each view has one more action, the choice of its positions (samplers.md section 1.3).
+    all. `behaviour_K` are the rollout's own log-probs of the tokens. With a `sampler` each view has one more action,
+    the choice of its positions (samplers.md section 1.3).
     """
 
     trajectory: Trajectory
@@ -41,6 +43,7 @@ class Views:
     view_K: Tensor
     position_K: Tensor
     target_K: Tensor
+    behaviour_K: Tensor
     count_B: Tensor
     views_B: Tensor
     sampler: Sampler | None = None
@@ -62,21 +65,53 @@ class Views:
         token_A = torch.arange(len(view_A), device=view_A.device) < len(self.view_K)
         return Actions(self.row_N[view_A], view_A, token_A)
 
+    def seen(self, table_NL: Tensor) -> Tensor:
+        """Return a table of positions as the step saw them: those that its canvas had come first, in their order."""
+        exists_NL = self.trajectory.exists_before(self.row_N, self.step_N)
+        if exists_NL is None:
+            return table_NL
+        return table_NL.gather(1, torch.argsort((~exists_NL).to(torch.int8), dim=1, stable=True))
+
+    def exists(self) -> Tensor | None:
+        """Return `exists_NL`, which of the seen positions the step's canvas had; None where no length ever changed."""
+        exists_NL = self.trajectory.exists_before(self.row_N, self.step_N)
+        return None if exists_NL is None else self.seen(exists_NL)
+
     def canvas(self) -> Tensor:
         """Return `canvas_NL`, what the denoiser saw, mask id where undecided."""
-        return self.trajectory.canvas_before(self.row_N, self.step_N)
+        return self.seen(self.trajectory.canvas_before(self.row_N, self.step_N))
 
     def scored(self) -> Tensor:
         """Return `scored_NL`, true at the scored tokens; its row-major order is that of the K tokens."""
         scored_NL = torch.zeros(len(self), self.trajectory.canvas, dtype=torch.bool, device=self.view_K.device)
         scored_NL[self.view_K, self.position_K] = True
-        return scored_NL
+        return self.seen(scored_NL)
 
     def window(self) -> Tensor:
         """Return `window_NL`, the positions that the selection could choose from; needs a `sampler`."""
         assert self.sampler is not None, "only a sampler knows its window"
-        open_N = (self.trajectory.source_BL != GIVEN).sum(1)[self.row_N]
-        return self.sampler.window(self.canvas(), self.step_N, open_N, self.trajectory.mask_token_id)
+        return self.sampler.quota(self.state()).window_BL
+
+    def state(self) -> State:
+        """Return what a sampler's parts may read of the recorded canvases."""
+        trajectory, row_N = self.trajectory, self.row_N
+        state = State.of(self.canvas(), trajectory.mask_token_id, eos_token_ids=trajectory.eos_token_ids)
+        exists_NL = self.exists()
+        if exists_NL is not None:
+            state = replace(state, exists_AL=exists_NL, masked_AL=state.masked_AL & exists_NL)
+        # Tokens of a draft count as given until they are taken back: what was open is what the first call saw open.
+        start_N = torch.zeros_like(self.step_N)
+        open_NL = trajectory.canvas_before(row_N, start_N) == trajectory.mask_token_id
+        first_NL = trajectory.exists_before(row_N, start_N)
+        return replace(
+            state,
+            given_AL=self.seen(trajectory.source_BL[row_N] == GIVEN),
+            step_A=self.step_N,
+            open_A=(open_NL if first_NL is None else open_NL & first_NL).sum(1),
+            offset_A=state.offset_A if trajectory.offset_B is None else trajectory.offset_B[row_N],
+            born_AL=self.seen(trajectory.born_BL[row_N]),
+            rollout_id_A=trajectory.rollout_id_B[row_N],
+        )
 
     def tokens(self, start: int, stop: int) -> slice:
         """Return the slice of the K tokens that belongs to the views `start` to `stop`."""
@@ -102,4 +137,5 @@ class Views:
             view_K=view_K,
             position_K=self.position_K[index_K],
             target_K=self.target_K[index_K],
+            behaviour_K=self.behaviour_K[index_K],
         )

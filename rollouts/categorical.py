@@ -21,21 +21,26 @@ def log_probs(logits_KV: Tensor, *, temperature: float = 1.0, banned: tuple[int,
 
 
 def draw(logp_KV: Tensor, uniform_K: Tensor) -> Tensor:
-    """Return one token a row from exp(logp) by inverting the cumulative distribution at the fp64 `uniform_K`.
+    """Return one token a row from exp(logp), as `draw_mass`."""
+    return draw_mass(logp_KV.exp(), uniform_K)
 
-    Two levels (chunks of 2,048 tokens, then one chunk) keep fp64 to K x (V/2048 + 2048) numbers. A token of
-    probability 0 is never drawn. Gumbel noise in low precision is no sampling (samplers.md section 6).
+
+def draw_mass(mass_KV: Tensor, uniform_K: Tensor) -> Tensor:
+    """Return one token a row, each with a probability in proportion to `mass_KV`, decided by the fp64 `uniform_K`.
+
+    Inverts the cumulative distribution in two levels (chunks of 2,048 tokens, then one chunk), which keeps fp64 to
+    K x (V/2048 + 2048) numbers. A token of mass 0 is never drawn. Gumbel noise in low precision is no sampling
+    (samplers.md section 6).
     """
-    rows, vocabulary = logp_KV.shape
+    rows, vocabulary = mass_KV.shape
     chunks = -(-vocabulary // CHUNK)
-    mass_KV = logp_KV.exp()
     if chunks > 1:
         mass_KV = torch.nn.functional.pad(mass_KV, (0, chunks * CHUNK - vocabulary))
-    grid_KCW = mass_KV.view(rows, chunks, -1)
+    grid_KCW = mass_KV.unflatten(1, (chunks, mass_KV.shape[1] // chunks))
     reach_KC = grid_KCW.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     target_K = uniform_K * reach_KC[:, -1]
     chunk_K = (reach_KC <= target_K[:, None]).sum(dim=-1).clamp(max=chunks - 1)
-    row_K = torch.arange(rows, device=logp_KV.device)
+    row_K = torch.arange(rows, device=mass_KV.device)
     before_K = torch.where(chunk_K > 0, reach_KC[row_K, (chunk_K - 1).clamp(min=0)], 0.0)
     inside_KW = grid_KCW[row_K, chunk_K].double()
     reach_KW = inside_KW.cumsum(dim=-1)

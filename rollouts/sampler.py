@@ -1,332 +1,324 @@
-"""The sampler's parts and `denoise`, the one loop that turns prompts into trajectories."""
+"""The sampler: the parts that decide how a canvas is filled, built from a recipe's section."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..recipes.registry import SLOTS, RecipeError
-from . import schedules, scores, selection  # noqa: F401 (importing registers the parts)
-from .categorical import draw, log_odds, log_probs
-from .noise import uniform
+from . import (  # noqa: F401 (importing registers the parts)
+    caches,
+    lengths,
+    paces,
+    remasking,
+    rules,
+    schedules,
+    scores,
+    selection,
+    transforms,
+)
+from .forward import Rows
+from .lengths import Resize
+from .measures import Request
 from .schedules import Quota
-from .selection import rank, tail_logprob
-from .trajectory import GIVEN, NEVER, PAD, SAMPLED, Trajectory
+from .state import State
+from .traits import STATUSES, Traits, bare, knob_of, knobs_of, traits_of, wants
 
 EOS_RULES = ("stop", "none")
-
-
-class LogitError(ValueError):
-    """Logits that are no distribution over the allowed tokens; the message names rollout, step and position."""
-
-
-class LogitSource(Protocol):
-    """What `denoise` needs of a denoiser."""
-
-    family: Any
-
-    def logits(
-        self, input_ids_BT: Tensor, *, padding_mask_BT: Tensor | None = None, positions_BT: Tensor | None = None
-    ) -> Tensor: ...
+LINGERING = "lingering"  # where an editing keeps the region of the last step
+STEPS_PER_POSITION = 4  # the cap on steps, in canvas lengths, where a recipe sets none
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Five choices that decide how a canvas is filled; build one from a recipe with `build_sampler`.
+    """The choices that decide how a canvas is filled; build one from a recipe with `build_sampler`.
 
-    `temperature` is that of the draw (0 = argmax), `score_temperature` that of the distribution the score sees.
-    `eos_rule`: `stop` ends a row once an EOS is committed with everything left of it decided, `none` fills the canvas.
-    `suppress_eos` forbids EOS altogether. `draws_first` marks selections that look at drawn tokens.
+    `temperature` is that of the draw (0 = argmax), `score_temperature` that of the distribution the score sees, `top_p`
+    and `top_k` filter the draw. `eos_rule`: `stop` ends a row once an EOS is committed with everything left of it
+    decided, `none` fills the canvas. `suppress_eos` forbids EOS altogether. `guidance` is that of `Forward`. At step
+    `max_steps` all that is left is committed (default: four steps a position). `exact` records the log-probability of
+    the positions where drawn tokens or a random order decide them.
     """
 
-    schedule: Callable[[Tensor, Tensor, Tensor], Quota]
-    score: Callable[[Tensor, Tensor, Tensor], Tensor]
-    selection: Callable[[Tensor, Quota], Tensor]
+    schedule: Callable[..., Quota]
+    score: Callable[..., Tensor]
+    selection: Callable[..., Tensor]
+    remasking: Callable[..., Tensor] | None = None
+    editing: Callable[..., Tensor] | None = None
+    length: Callable[..., Resize] | None = None
+    transforms: tuple[Callable[..., Tensor], ...] = ()
+    cache: Callable[..., Any] | None = None
     temperature: float = 1.0
     score_temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    guidance: float = 0.0
     eos_rule: str = "stop"
     suppress_eos: bool = False
-    draws_first: bool = False
-    exact_choice: bool = False
+    exact: bool = True
+    max_steps: int | None = None
 
-    def quota(self, canvas_NL: Tensor, step_N: Tensor, open_N: Tensor, mask_token_id: int) -> Quota:
+    @property
+    def parts(self) -> tuple[Callable[..., Any], ...]:
+        """The parts that are set."""
+        chosen = (self.schedule, self.score, self.selection, self.remasking, self.editing, self.length, self.cache)
+        return tuple(part for part in (*chosen, *self.transforms) if part is not None)
+
+    @property
+    def draws_first(self) -> bool:
+        """Whether the positions depend on the drawn tokens."""
+        return "drawn" in traits_of(self.score).needs
+
+    @property
+    def exact_choice(self) -> bool:
+        """Whether the choice of positions is an action whose log-probability is recorded."""
+        return self.exact and self.chooses_at_random
+
+    @property
+    def chooses_at_random(self) -> bool:
+        """Whether the positions are decided by draws whose chances the weights move."""
+        return self.draws_first or hasattr(bare(self.selection), "order_logprob")
+
+    @property
+    def revises(self) -> bool:
+        """Whether a decided token may be taken back or replaced."""
+        return self.remasking is not None or self.editing is not None
+
+    @property
+    def traits(self) -> tuple[Traits, ...]:
+        """The traits of the parts that are set."""
+        return tuple(traits_of(part) for part in self.parts)
+
+    @property
+    def reach(self) -> str:
+        """Where statistics are wanted: in the `window`, also at tokens of its `region` or `canvas`, or `everywhere`."""
+        if any(traits.everywhere for traits in self.traits):
+            return "everywhere"
+        looking = [traits for traits in self.traits if traits.canvas]
+        return "window" if not looking else "region" if all(traits.local for traits in looking) else "canvas"
+
+    @property
+    def shadow(self) -> bool:
+        """Whether the statistics of decided tokens come from columns that do not see them."""
+        return any(traits.shadow for traits in self.traits)
+
+    @property
+    def keeps_groups(self) -> bool:
+        """Whether the rollouts of a group depend on each other, so that they must share a batch."""
+        return any(traits.group for traits in self.traits)
+
+    @property
+    def mismatch(self) -> str | None:
+        """Return why a trainer that recomputes log-probs gets others than the rollout's; None where it does not."""
+        for part in (*self.transforms, self.cache):
+            if part is not None and traits_of(part).status == "behaviour only":
+                return f"{bare(part).__name__}: {traits_of(part).learns or 'it changes the distribution of the draw'}"
+        if self.guidance:
+            return "guidance: the draw mixes two predictions, the trainer recomputes one"
+        if self.top_p < 1 or self.top_k:
+            return "top_p, top_k: the draw is from a filtered distribution, the trainer's is whole"
+        return None
+
+    @property
+    def refusal(self) -> str | None:
+        """Return why rollouts have no log-probability, so that nothing can be trained on them; None where one is."""
+        if self.temperature == 0:
+            return "temperature 0 decides without a probability"
+        for part in self.parts:
+            if traits_of(part).status == "none":
+                return f"{bare(part).__name__}: {traits_of(part).learns or 'it has no density'}"
+        return None
+
+    @property
+    def status(self) -> str:
+        """What the recorded log-probability is: one of `STATUSES` (samplers.md section 1.7)."""
+        found = [traits_of(part).status for part in self.parts]
+        if self.refusal:
+            found.append("none")
+        if self.mismatch or (self.chooses_at_random and not self.exact):
+            found.append("behaviour only")
+        if self.chooses_at_random and any(traits.drops for traits in self.traits):
+            # What is drawn and dropped decides what stays: no closed form.
+            found.append("behaviour only")
+        return max(found, key=STATUSES.index)
+
+    def quota(self, state: State) -> Quota:
         """Return the schedule's quota, kept to masked positions and, where a row has any, never empty."""
-        masked_NL = canvas_NL == mask_token_id
-        quota = self.schedule(masked_NL, step_N, open_N)
-        window_NL = quota.window_BL & masked_NL
+        more = {"state": state} if wants(self.schedule, "state") else {}
+        quota = self.schedule(state.masked_AL, state.step_A, state.open_A, **more)
+        window_AL = quota.window_BL & state.masked_AL
         # Whatever a schedule of the user's says, a live row commits something: the loop ends.
-        window_NL = torch.where(window_NL.any(dim=1, keepdim=True), window_NL, masked_NL)
-        return Quota(window_NL, quota.count_B.clamp(min=1))
+        window_AL = torch.where(window_AL.any(dim=1, keepdim=True), window_AL, state.masked_AL)
+        region_AL, lingers_A1 = quota.region_BL, self.lingers(state.memory, state.masked_AL)[:, None]
+        if LINGERING in state.memory:
+            here_AL = torch.ones_like(window_AL) if region_AL is None else region_AL
+            region_AL = torch.where(lingers_A1, state.memory[LINGERING], here_AL)
+        return Quota(window_AL & ~lingers_A1, quota.count_B.clamp(min=1), region_AL)
 
-    def window(self, canvas_NL: Tensor, step_N: Tensor, open_N: Tensor, mask_token_id: int) -> Tensor:
-        """Return the positions that were open to the selection on recorded canvases."""
-        return self.quota(canvas_NL, step_N, open_N, mask_token_id).window_BL
+    def lingers(self, memory: dict[str, Tensor], masked_AL: Tensor) -> Tensor:
+        """Return the rows whose next step only edits the region of the last one (`memory["lingering"]`)."""
+        rule = getattr(bare(self.editing), "lingers", None)
+        if rule is None or LINGERING not in memory:
+            return torch.zeros_like(masked_AL[:, 0])
+        return rule(memory, masked_AL, **knobs_of(self.editing))
+
+    def waits(self, state: State) -> Tensor:
+        """Return the rows that commit nothing because the length part wants to see a longer canvas first."""
+        rule = getattr(bare(self.length), "waits", None)
+        if rule is None:
+            return torch.zeros_like(state.step_A, dtype=torch.bool)
+        return rule(state, **knobs_of(self.length)) & ~state.exists_AL.all(dim=1)
+
+    def scores(self, state: State) -> Tensor:
+        """Return `score_AL`, -inf outside the window."""
+        assert state.statistics is not None and state.window_AL is not None
+        position_AL = torch.arange(state.canvas_AL.shape[1], device=state.canvas_AL.device).expand_as(state.canvas_AL)
+        more = {"state": state} if wants(self.score, "state") else {}
+        score_AL = self.score(state.statistics, position_AL, state.uniform("score"), **more)
+        return score_AL.masked_fill(~state.window_AL, -torch.inf)
+
+    def choose(self, state: State, score_AL: Tensor, quota: Quota) -> Tensor:
+        """Return the selection's positions."""
+        more = {"state": state} if wants(self.selection, "state") else {}
+        return self.selection(score_AL, quota, **more)
+
+    def keys(self, state: State, score_AL: Tensor) -> Tensor:
+        """Return what the chosen positions are ranked by: the score, or its noisy form where the order is drawn."""
+        keys = getattr(bare(self.selection), "keys", None)
+        return score_AL if keys is None else keys(score_AL, state, **knobs_of(self.selection))
+
+    def revise(self, state: State, chosen_AL: Tensor, score_AL: Tensor) -> Tensor:
+        """Return the positions that the remasking takes back."""
+        assert self.remasking is not None
+        return self.remasking(state, chosen_AL, score_AL)
+
+    def edit(self, state: State) -> Tensor:
+        """Return the decided positions that take their likeliest token instead."""
+        assert self.editing is not None
+        return self.editing(state)
+
+    def resized(self, state: State) -> Resize:
+        """Return the change of length after a step."""
+        assert self.length is not None
+        return self.length(state)
+
+    def start_length(self, canvas_BL: Tensor) -> Tensor:
+        """Return the number of positions each canvas starts with."""
+        initial = None if self.length is None else knob_of(self.length, "start")
+        return torch.full_like(canvas_BL[:, 0], min(initial or canvas_BL.shape[1], canvas_BL.shape[1]))
+
+    def steps_allowed(self, canvas: int) -> int:
+        """Return the cap on the steps of a canvas."""
+        return self.max_steps or STEPS_PER_POSITION * canvas
+
+    def width(self, canvas: int) -> int:
+        """Return the most positions that a step asks for."""
+        return canvas if self.reach != "window" else self.region_width(canvas)
+
+    def region_width(self, canvas: int) -> int:
+        """Return the most positions that a region of the schedule has."""
+        knobs = knobs_of(self.schedule)
+        return min(knobs.get("size", canvas) * (1 + knobs.get("ahead", 0)), canvas)
+
+    def request(self, banned: tuple[int, ...], eos: tuple[int, ...]) -> Request:
+        """Return what the statistics pass is asked for."""
+        needs = frozenset().union(*(traits_of(part).needs for part in self.parts))
+        return Request(self.temperature, self.score_temperature, banned, eos, needs, self.top_p, self.top_k)
+
+    def transformed(self, rows: Rows, state: State, flat_K: Tensor) -> Rows:
+        """Return rows whose logits pass through the transforms, chunk by chunk or all at once as they need."""
+        for part in self.transforms:
+            rows = transforms.apply(part, rows, state, flat_K)
+        return rows
 
     def banned(self, family: Any) -> tuple[int, ...]:
-        """Return the token ids that are never drawn."""
-        return (family.mask_token_id, *(family.eos_token_ids if self.suppress_eos else ()))
+        """Return the token ids that are never drawn: the mask, EOS where it is suppressed, those that parts ban."""
+        found = [family.mask_token_id, *(family.eos_token_ids if self.suppress_eos else ())]
+        for part in self.transforms:
+            bans = getattr(bare(part), "bans", None)
+            found += bans(**knobs_of(part)) if bans is not None else ()
+        return tuple(dict.fromkeys(found))
 
 
 def build_sampler(section: Mapping[str, Any], *, temperature: float = 1.0) -> Sampler:
     """Return the Sampler of a recipe's `sampler` section; RecipeError for parts, knobs or values that do not fit."""
     if temperature < 0:
         raise RecipeError(f"rollout.temperature: {temperature} must be at least 0 (0 is argmax).")
-    score_temperature = section.get("score_temperature", 1.0)
-    if score_temperature <= 0:
-        raise RecipeError(f"sampler.score_temperature: {score_temperature} must be above 0, it divides logits.")
+    values = {
+        key: section[key]
+        for key in ("score_temperature", "top_p", "top_k", "guidance", "max_steps", "exact")
+        if section.get(key) is not None
+    }
+    _check_values(values)
     eos = dict(section.get("eos") or {})
     rule = eos.get("rule", "stop")
     if rule not in EOS_RULES:
         raise RecipeError(f"sampler.eos.rule: '{rule}' is not one of {', '.join(EOS_RULES)}.")
-    choose = SLOTS["selection"].build(section.get("selection", "top"), "sampler.selection")
-    function = choose.func if isinstance(choose, partial) else choose
-    draws_first = bool(getattr(function, "draws_first", False))
-    knobs = choose.keywords if isinstance(choose, partial) else {}
-    return Sampler(
-        schedule=SLOTS["schedule"].build(section["schedule"], "sampler.schedule"),
-        score=SLOTS["score"].build(section.get("score", "confidence"), "sampler.score"),
-        selection=choose,
+
+    def part(slot: str, default: Any = None) -> Any:
+        choice = section.get(slot, default)
+        return None if choice is None else SLOTS[slot].build(choice, f"sampler.{slot}")
+
+    chain = [
+        SLOTS["transform"].build(entry, f"sampler.transforms.{i}")
+        for i, entry in enumerate(section.get("transforms") or ())
+    ]
+    sampler = Sampler(
+        schedule=part("schedule", section["schedule"]),
+        score=part("score", "confidence"),
+        selection=part("selection", "top"),
+        remasking=part("remasking"),
+        editing=part("editing"),
+        length=part("length"),
+        cache=part("cache"),
+        transforms=tuple(chain),
         temperature=temperature,
-        score_temperature=score_temperature,
         eos_rule=rule,
         suppress_eos=eos.get("suppress", False),
-        draws_first=draws_first,
-        exact_choice=draws_first and knobs.get("exact", True),
+        **values,
     )
+    _check_parts(sampler)
+    return sampler
 
 
-@dataclass
-class _Canvas:
-    """The mutable record of a running `denoise`, one row a rollout, finished or not."""
+def _check_values(values: Mapping[str, Any]) -> None:
+    for name, rule, holds in (
+        ("score_temperature", "above 0, it divides logits", lambda v: v > 0),
+        ("top_p", "in (0, 1], it is a probability", lambda v: 0 < v <= 1),
+        ("top_k", "0 (all tokens) or more", lambda v: v >= 0),
+        ("guidance", "0 (none) or more", lambda v: v >= 0),
+        ("max_steps", "at least 1", lambda v: v >= 1),
+    ):
+        if name in values and not holds(values[name]):
+            raise RecipeError(f"sampler.{name}: {values[name]} must be {rule}.")
 
-    tokens_BL: Tensor
-    source_BL: Tensor
-    born_BL: Tensor
-    rank_BL: Tensor
-    logprob_BL: Tensor
-    steps_B: Tensor
-    open_B: Tensor
-    choice_logprobs: list[Tensor]
 
-    @staticmethod
-    def start(canvas_BL: Tensor, mask_token_id: int) -> _Canvas:
-        """Return the record of a canvas on which nothing has been sampled yet."""
-        masked_BL = canvas_BL == mask_token_id
-        empty = torch.full_like(canvas_BL, NEVER, dtype=torch.int16)
-        return _Canvas(
-            tokens_BL=canvas_BL.clone(),
-            source_BL=torch.where(masked_BL, PAD, GIVEN).to(torch.int8),
-            born_BL=empty,
-            rank_BL=empty.clone(),
-            logprob_BL=torch.zeros(canvas_BL.shape, device=canvas_BL.device),
-            steps_B=torch.zeros(len(canvas_BL), dtype=torch.long, device=canvas_BL.device),
-            open_B=masked_BL.sum(1),
-            choice_logprobs=[],
+def _check_parts(sampler: Sampler) -> None:
+    """Raise RecipeError for parts that cannot hold together."""
+    if sampler.length is not None and sampler.revises:
+        raise RecipeError("sampler.length: a canvas that changes its length takes no tokens back; drop one of the two.")
+    if sampler.length is not None and sampler.cache is not None:
+        raise RecipeError("sampler.cache: no cache follows a canvas that changes its length; drop one of the two.")
+    if sampler.shadow and sampler.cache is not None:
+        raise RecipeError("sampler.cache: no cache has the shadow columns of remasking 'verify'; drop one of the two.")
+    if sampler.draws_first and not hasattr(bare(sampler.selection), "bar") and sampler.exact:
+        name = getattr(bare(sampler.selection), "__name__", "selection")
+        raise RecipeError(
+            f"sampler.selection: '{name}' has no closed form over drawn tokens; set exact: false, or score confidence."
         )
-
-    def choices(self) -> Tensor:
-        """Return the log-probabilities of the choices `[B, S]`."""
-        if not self.choice_logprobs:
-            return self.logprob_BL[:, :0]
-        return torch.stack(self.choice_logprobs, dim=1)
-
-
-@torch.no_grad()
-def denoise(
-    denoiser: LogitSource,
-    sampler: Sampler,
-    prompt_BQ: Tensor,
-    prompt_mask_BQ: Tensor,
-    canvas_BL: Tensor,
-    rollout_id_B: Tensor,
-    *,
-    seed: int,
-    step: int = 0,
-    on_step: Callable[[Tensor], None] | None = None,
-) -> Trajectory:
-    """Fill the masks of `canvas_BL` step by step and record how each token was decided.
-
-    One denoiser call a step over the rows that are not finished; the LM head runs at the open positions only. Noise is
-    keyed by (seed, step, rollout id, denoising step, position), so a rollout does not depend on what else is in the
-    batch. Terminates: every step commits at least one position of every live row. `on_step` sees `tokens_BL` after
-    each. Raises LogitError where the logits are NaN, or -inf for every allowed token.
-    """
-    mask_token_id = denoiser.family.mask_token_id
-    eos = torch.tensor(denoiser.family.eos_token_ids, device=canvas_BL.device)
-    record = _Canvas.start(canvas_BL, mask_token_id)
-    alive_A = _unfinished(record.tokens_BL, mask_token_id, eos, sampler.eos_rule).nonzero().squeeze(1)
-    t = 0
-    while len(alive_A):
-        _step(denoiser, sampler, prompt_BQ, prompt_mask_BQ, record, alive_A, rollout_id_B, t, seed=seed, step=step)
-        t += 1
-        unfinished_A = _unfinished(record.tokens_BL[alive_A], mask_token_id, eos, sampler.eos_rule)
-        record.steps_B[alive_A] = t
-        alive_A = alive_A[unfinished_A]
-        if on_step is not None:
-            on_step(record.tokens_BL)
-    return Trajectory(
-        prompt_BQ=prompt_BQ,
-        prompt_mask_BQ=prompt_mask_BQ,
-        tokens_BL=record.tokens_BL,
-        source_BL=record.source_BL,
-        born_BL=record.born_BL,
-        rank_BL=record.rank_BL,
-        logprob_BL=record.logprob_BL,
-        steps_B=record.steps_B,
-        rollout_id_B=rollout_id_B,
-        temperature=sampler.temperature,
-        mask_token_id=mask_token_id,
-        eos_token_ids=tuple(denoiser.family.eos_token_ids),
-        banned_token_ids=sampler.banned(denoiser.family),
-        choice_logprob_BS=record.choices() if sampler.exact_choice else None,
-    )
+    for slot in ("schedule", "score"):
+        part = getattr(sampler, slot)
+        if sampler.exact_choice and traits_of(part).history:
+            raise RecipeError(
+                f"sampler.{slot}: the log-probability of drawn positions needs what '{bare(part).__name__}' decided, "
+                "which a trainer cannot rebuild; set exact: false, or use a selection and a score that do not draw."
+            )
 
 
-def _unfinished(tokens_BL: Tensor, mask_token_id: int, eos: Tensor, rule: str) -> Tensor:
-    """Return the rows that still have an open position the rule wants decided."""
-    masked_BL = tokens_BL == mask_token_id
-    open_B = masked_BL.any(dim=1)
-    if rule == "none":
-        return open_B
-    ends_BL = torch.isin(tokens_BL, eos)
-    first_mask_B = masked_BL.to(torch.int8).argmax(dim=1)
-    first_end_B = torch.where(ends_BL.any(dim=1), ends_BL.to(torch.int8).argmax(dim=1), tokens_BL.shape[1])
-    return open_B & (first_mask_B < first_end_B)
-
-
-def _step(
-    denoiser: LogitSource,
-    sampler: Sampler,
-    prompt_BQ: Tensor,
-    prompt_mask_BQ: Tensor,
-    record: _Canvas,
-    alive_A: Tensor,
-    rollout_id_B: Tensor,
-    t: int,
-    *,
-    seed: int,
-    step: int,
-) -> None:
-    """Decide one step of the live rows `alive_A` and write it into `record`."""
-    canvas_AL = record.tokens_BL[alive_A]
-    step_A = torch.full_like(alive_A, t)
-    quota = sampler.quota(canvas_AL, step_A, record.open_B[alive_A], denoiser.family.mask_token_id)
-    window_AL = quota.window_BL
-    logits_KV = window_logits(denoiser, prompt_BQ[alive_A], prompt_mask_BQ[alive_A], canvas_AL, window_AL)
-    row_K, position_K = window_AL.nonzero(as_tuple=True)
-    key_K = rollout_id_B[alive_A][row_K]
-    banned = sampler.banned(denoiser.family)
-    time_K = torch.full_like(position_K, t)
-    # One uniform a (rollout, denoising step, position): draws and random scores have streams of their own.
-    draw_K = uniform(seed, "draw", step, key_K, time_K, position_K)
-    scored_KV = log_probs(logits_KV, temperature=sampler.score_temperature, banned=banned)
-    _require_distribution(scored_KV, key_K, position_K, t)
-    token_K, logprob_K = _draw(logits_KV, draw_K, sampler.temperature, banned)
-    if sampler.draws_first:
-        score_K = log_odds(scored_KV).gather(1, token_K[:, None]).squeeze(1)
-    else:
-        score_K = sampler.score(scored_KV, position_K, uniform(seed, "score", step, key_K, time_K, position_K))
-    score_AL = torch.full(canvas_AL.shape, -torch.inf, device=canvas_AL.device, dtype=score_K.dtype)
-    score_AL[window_AL] = score_K
-    # A score of -inf inside the window must still beat the positions outside it.
-    place_AL = rank(torch.where(window_AL, score_AL.clamp(min=torch.finfo(score_AL.dtype).min), -torch.inf))
-    chosen_AL = sampler.selection(score_AL, quota) & window_AL
-    chosen_AL |= (place_AL == 0) & window_AL & ~chosen_AL.any(dim=1, keepdim=True)
-    if sampler.exact_choice:
-        choice_A = choice_logprob(logits_KV, score_AL, chosen_AL, window_AL, sampler, banned)
-        choice_B = torch.zeros(len(record.tokens_BL), device=canvas_AL.device, dtype=choice_A.dtype)
-        record.choice_logprobs.append(choice_B.index_copy(0, alive_A, choice_A))
-    _commit(record, alive_A, chosen_AL, window_AL, place_AL, token_K, logprob_K, t)
-
-
-def _require_distribution(logp_KV: Tensor, rollout_K: Tensor, position_K: Tensor, t: int) -> None:
-    # A log-softmax with a NaN, an infinite logit or nothing but -inf is NaN in every entry.
-    broken_K = logp_KV[:, 0].isnan()
-    if bool(broken_K.any()):
-        k = int(broken_K.nonzero()[0])
-        raise LogitError(
-            f"rollout {int(rollout_K[k])}, step {t}: the logits at canvas position {int(position_K[k])} are NaN, "
-            "infinite or -inf for every allowed token; check the weights, or resume from an earlier checkpoint."
-        )
-
-
-def _draw(logits_KV: Tensor, uniform_K: Tensor, temperature: float, banned: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return (token_K, logprob_K) drawn at `temperature`; at 0 the argmax, whose log-probability is recorded as 0."""
-    if temperature == 0:
-        token_K = log_probs(logits_KV, banned=banned).argmax(dim=-1)
-        return token_K, torch.zeros(len(token_K), device=logits_KV.device)
-    logq_KV = log_probs(logits_KV, temperature=temperature, banned=banned)
-    token_K = draw(logq_KV, uniform_K)
-    return token_K, logq_KV.gather(1, token_K[:, None]).squeeze(1)
-
-
-def _commit(
-    record: _Canvas,
-    alive_A: Tensor,
-    chosen_AL: Tensor,
-    window_AL: Tensor,
-    place_AL: Tensor,
-    token_K: Tensor,
-    logprob_K: Tensor,
-    t: int,
-) -> None:
-    """Write the chosen tokens, their log-probabilities, step and order."""
-    row_K, position_K = window_AL.nonzero(as_tuple=True)
-    kept_K = chosen_AL[window_AL]
-    rows, columns = alive_A[row_K[kept_K]], position_K[kept_K]
-    record.tokens_BL[rows, columns] = token_K[kept_K]
-    record.logprob_BL[rows, columns] = logprob_K[kept_K].to(record.logprob_BL.dtype)
-    record.source_BL[rows, columns] = SAMPLED
-    record.born_BL[rows, columns] = t
-    # Ranks count the chosen positions only, in the order of their scores.
-    better_AL = rank(torch.where(chosen_AL, -place_AL.double(), -torch.inf))
-    record.rank_BL[rows, columns] = better_AL[chosen_AL].to(torch.int16)
-
-
-def window_logits(
-    denoiser: LogitSource, prompt_BQ: Tensor, prompt_mask_BQ: Tensor, canvas_BL: Tensor, positions_BL: Tensor
-) -> Tensor:
-    """Return logits `[K, V]` of a prompt + canvas at `positions_BL`; rollout and trainer both score through this."""
-    padded = not bool(prompt_mask_BQ.all())
-    mask_BT = torch.cat([prompt_mask_BQ, torch.ones_like(canvas_BL, dtype=torch.bool)], dim=1) if padded else None
-    positions_BT = torch.cat([torch.zeros_like(prompt_mask_BQ), positions_BL], dim=1)
-    return denoiser.logits(torch.cat([prompt_BQ, canvas_BL], dim=1), padding_mask_BT=mask_BT, positions_BT=positions_BT)
-
-
-def choice_logprob(
-    logits_KV: Tensor,
-    score_NL: Tensor,
-    chosen_NL: Tensor,
-    window_NL: Tensor,
-    sampler: Sampler,
-    banned: tuple[int, ...],
-) -> Tensor:
-    """Return `choice_N`, the log-probability that exactly the other window positions stayed below the bar.
-
-    `score_NL` holds the drawn tokens' log-odds at the chosen positions (others are ignored); `logits_KV` are those of
-    the window. The bar is the lowest chosen score; a tie at it goes to the smaller index (samplers.md section 1.3). At
-    temperature 0 nothing is drawn and the choice is certain.
-    """
-    if sampler.temperature == 0:
-        return torch.zeros(len(score_NL), device=logits_KV.device)
-    bar_N = torch.where(chosen_NL, score_NL, torch.inf).amin(dim=1)
-    place_L = torch.arange(score_NL.shape[1], device=score_NL.device)
-    at_bar_NL = chosen_NL & (score_NL == bar_N[:, None])
-    last_N = torch.where(at_bar_NL, place_L, -1).amax(dim=1)
-    row_K, position_K = window_NL.nonzero(as_tuple=True)
-    rest_K = ~chosen_NL[window_NL]
-    rows = row_K[rest_K]
-    tail = tail_logprob(
-        logits_KV[rest_K],
-        bar_N[rows],
-        position_K[rest_K] > last_N[rows],
-        temperature=sampler.temperature,
-        score_temperature=sampler.score_temperature,
-        banned=banned,
-    )
-    return torch.zeros(len(bar_N), device=tail.device, dtype=tail.dtype).index_add(0, rows, tail)
+def traits_named(slot: str, name: str) -> Traits:
+    """Return the traits of a registered part."""
+    return traits_of(SLOTS[slot].get(name))

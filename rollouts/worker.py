@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -13,8 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..policies.tokenizers import prompt_ids
 from ..recipes.registry import RecipeError
-from .sampler import LogitSource, Sampler, denoise
-from .trajectory import Trajectory
+from .caches import check_cache
+from .canvases import Frame, Start
+from .engine import denoise
+from .forward import LogitSource
+from .noise import uniform
+from .sampler import Sampler
+from .trajectory import EDITED, Trajectory
 
 if TYPE_CHECKING:
     from ..rewards.scoring import RewardTable, Scoring
@@ -60,8 +66,9 @@ class RolloutBatch:
 class RolloutWorker:
     """Denoises `group` completions a prompt on a canvas of `canvas` tokens and scores them.
 
-    `micro_batch` rollouts share a forward; it changes speed and memory, never a rollout. `prompt_limit` is the longest
-    prompt in tokens, checked before anything is sampled.
+    `micro_batch` rollouts share a forward, and those of a group their first; it changes speed and memory, never a
+    rollout. `prompt_limit` is the longest prompt in tokens, checked before anything is sampled. Raises RecipeError for
+    a cache that the denoiser cannot keep.
     """
 
     denoiser: LogitSource
@@ -73,6 +80,10 @@ class RolloutWorker:
     prompt_limit: int
     seed: int
     micro_batch: int = 64
+    start: Callable[..., Start] | None = None
+
+    def __post_init__(self) -> None:
+        check_cache(self.sampler.cache, self.denoiser)
 
     def collect(self, rows: Sequence[Row], *, step: int, first_id: int = 0) -> RolloutBatch:
         """Return `len(rows) * group` scored rollouts; rollout ids count from `first_id * group`.
@@ -110,6 +121,9 @@ class RolloutWorker:
             "rollout/ended": ended_B.double().mean().item(),
             "rollout/logprob": trajectory.logprob_BL.sum().item() / max(int(trajectory.action_BL("all").sum()), 1),
         }
+        if trajectory.retracted is not None:
+            metrics["rollout/retracted"] = len(trajectory.retracted.row_R) / max(len(repeated), 1)
+            metrics["rollout/edited"] = int((trajectory.source_BL == EDITED).sum()) / max(len(repeated), 1)
         batch = RolloutBatch(trajectory, repeated, completions, completion_ids, group_B, rewards, metrics=metrics)
         batch.metrics["time/rollout_s"] = seconds
         batch.metrics["time/tokens_per_s"] = tokens / max(seconds, 1e-9)
@@ -134,25 +148,53 @@ class RolloutWorker:
         rollout_id_B = torch.arange(len(owner_B)) + first_id * self.group
         device = getattr(self.denoiser, "device", torch.device("cpu"))
         parts = []
-        for start in range(0, len(owner_B), self.micro_batch):
-            chosen = owner_B[start : start + self.micro_batch].tolist()
+        size = self.micro_batch
+        if self.sampler.keeps_groups:
+            size = max(1, size // self.group) * self.group
+        for start in range(0, len(owner_B), size):
+            chosen = owner_B[start : start + size].tolist()
             # Padding is never attended, so that any id will do for a tokenizer without one.
             pad, multiple = self.tokenizer.pad_token_id or 0, self.denoiser.family.prompt_multiple
             prompt_BQ, prompt_mask_BQ = pad_left([prompts[i] for i in chosen], pad, multiple=multiple)
-            canvas_BL = torch.full((len(chosen), self.canvas), self.denoiser.family.mask_token_id)
+            id_B = rollout_id_B[start : start + size]
+            canvas_BL, draft_BL = self.canvases([rows[i] for i in chosen], id_B, step=step)
             part = denoise(
                 self.denoiser,
                 self.sampler,
                 prompt_BQ.to(device),
                 prompt_mask_BQ.to(device),
                 canvas_BL.to(device),
-                rollout_id_B[start : start + self.micro_batch].to(device),
+                id_B.to(device),
                 seed=self.seed,
                 step=step,
+                group_B=owner_B[start : start + size].to(device),
+                draft_BL=draft_BL.to(device),
             )
             parts.append(part.to("cpu"))
             finished(parts[-1])
         return Trajectory.cat(parts)
+
+    def canvases(self, rows: Sequence[Row], rollout_id_B: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
+        """Return (`canvas_BL`, `draft_BL`) of a rollout of each row: ids at the start, and which may be taken back."""
+        family = self.denoiser.family
+        canvas_BL = torch.full((len(rows), self.canvas), family.mask_token_id)
+        draft_BL = torch.zeros_like(canvas_BL, dtype=torch.bool)
+        if self.start is None:
+            return canvas_BL, draft_BL
+
+        @cache
+        def encode(text: str) -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        noise_BL = uniform(self.seed, "start", step, rollout_id_B[:, None], torch.arange(self.canvas))
+        ending = (family.end_id, family.eos_token_ids[0]) if family.eos_token_ids else ()
+        for b, row in enumerate(rows):
+            frame = Frame(self.canvas, family.mask_token_id, ending, encode, noise_BL[b])
+            tokens, draft = self.start(row, frame)
+            canvas_BL[b] = torch.tensor(tokens)
+            if draft is not None:
+                draft_BL[b] = torch.tensor(draft)
+        return canvas_BL, draft_BL
 
     def decode(self, trajectory: Trajectory) -> tuple[list[list[int]], list[str]]:
         """Return completion ids (EOS included, undecided tokens dropped) and their texts without special tokens."""

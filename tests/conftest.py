@@ -1,32 +1,40 @@
-"""Shared fixtures."""
+"""Shared fixtures; the helpers beside the tests are imported where they are needed, as they import torch."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 
-def _load(name: str) -> ModuleType:
-    # Test folders are no packages, so a helper beside the tests is loaded by its path.
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @pytest.fixture(scope="session")
 def toys() -> ModuleType:
     """The enumerable denoiser and its trajectories (tests/toys.py)."""
-    return _load("toys")
+    return importlib.import_module("toys")
 
 
 @pytest.fixture(scope="session")
 def onegraph() -> ModuleType:
     """Off-policy toy rollouts and their loss written out independently (tests/onegraph.py)."""
-    return _load("onegraph")
+    return importlib.import_module("onegraph")
+
+
+@pytest.fixture(scope="session")
+def retractions() -> ModuleType:
+    """Every trajectory of a toy whose sampler takes tokens back (tests/retractions.py)."""
+    return importlib.import_module("retractions")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random model that runs in a second (tests/shortrun.py)."""
+    return importlib.import_module("shortrun").save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which a test runs, and below which its runs are written."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

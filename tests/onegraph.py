@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from unmask.rl.replay import IMPOSSIBLE
-from unmask.rollouts.sampler import Sampler, build_sampler, denoise
+from unmask.rollouts.engine import denoise
+from unmask.rollouts.sampler import Sampler, build_sampler
 from unmask.rollouts.trajectory import Trajectory
 
 ROWS = 12

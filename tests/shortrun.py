@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -119,7 +121,8 @@ def start(loaded: Recipe, *, resume: Path | None = None, rank: int = 0, ranks: i
     """Start `unmask.rl.launch` as torchrun does, in a fork of a server that has only imported unmask."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["unmask.rl.launch"])
-    written, output = Path(f"{loaded.name}-launch.yaml").absolute(), Path(f"{loaded.name}-{rank}.txt").absolute()
+    # A file for each: one that is written again for the next rank may be read while it is empty.
+    written, output = (Path(f"{loaded.name}-{rank}.{kind}").absolute() for kind in ("yaml", "txt"))
     written.write_text(dump_recipe(loaded))
     environment = {"UNMASK_WORKER": "1", "OMP_NUM_THREADS": "1", **job.pop("environment", {})}
     arguments = [str(written), *(["--resume", str(resume)] if resume else [])]
@@ -129,25 +132,75 @@ def start(loaded: Recipe, *, resume: Path | None = None, rank: int = 0, ranks: i
     return Process(process, output)
 
 
-def start_ranks(loaded: Recipe, ranks: int, *, resume: Path | None = None) -> list[Process]:
-    """Start the ranks of one run."""
+def rank_environments(ranks: int) -> list[dict[str, str]]:
+    """Return the variables by which the processes of a new group find each other, as torchrun sets them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    return [
-        start(loaded, resume=resume, rank=r, environment={**shared, "RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(ranks)
-    ]
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def start_ranks(loaded: Recipe, ranks: int, *, resume: Path | None = None) -> list[Process]:
+    """Start the ranks of one run."""
+    environments = rank_environments(ranks)
+    return [start(loaded, resume=resume, rank=r, environment=environments[r]) for r in range(ranks)]
 
 
 def finish(processes: Sequence[Process]) -> None:
-    """Wait for processes that must end well."""
-    for process in processes:
-        assert process.wait() == 0, process.text()
+    """Wait for processes that must end well; where one does not, the others would wait for it for ever."""
+    try:
+        for process in processes:
+            assert process.wait() == 0, process.text()
+    finally:
+        for process in processes:
+            if process.process.is_alive():
+                process.kill()
 
 
 def recipe_rows() -> Any:
     """Return the rows of a task without end."""
     return SLOTS["task"].build("arithmetic")("train", seed=0)
+
+
+def rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Return the rollouts of a batch from the files of all ranks."""
+    files = sorted((folder / "rollouts").glob(f"step-{step:06}*.parquet"), key=lambda path: path.stem)
+    return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+
+
+def distance(one: Path, two: Path) -> float:
+    """Return by how much the trained weights of two runs differ, relative to their norm."""
+    a, b = (torch.cat([w.flatten() for _, w in sorted(weights(path).items())]) for path in (one, two))
+    return ((a - b).norm() / a.norm()).item()
+
+
+def compare_rollouts(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
+    """Assert that two runs drew the same rollouts."""
+    assert len(one) == len(two) == 16
+    for a, b in zip(one, two, strict=True):
+        for exact in ("rollout_id", "group", "prompt", "tokens", "source", "born", "nfe", "outcome", "completion"):
+            assert a[exact] == b[exact], exact
+        assert a["reward"] == b["reward"] and a["advantage"] == b["advantage"]
+        assert torch.allclose(torch.tensor(a["logprob"]), torch.tensor(b["logprob"]), rtol=0, atol=1e-5)
+
+
+def compare_metrics(one: Path, two: Path) -> None:
+    """Assert that two runs of test_ranks' recipe reported the same numbers, and that there was something to learn."""
+    records = [lines(folder / "metrics.jsonl") for folder in (one, two)]
+    assert len(records[0]) == len(records[1])
+    counts = ("step", "n", "exact", "tokens", "views", "rollouts", "mass", "nfe", "length")
+    for a, b in zip(*records, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            if key.rpartition("/")[2] in counts:
+                assert value == pytest.approx(b[key], rel=1e-12), key
+            elif key == "loss":
+                assert value == pytest.approx(b[key], rel=1e-6, abs=1e-6), key
+            else:
+                assert value == pytest.approx(b[key], rel=1e-4, abs=2e-6), key
+    updates = [record for record in records[0] if "loss" in record]
+    signal = [record["grad_norm"] > 0 for record in updates]
+    # The third batch teaches nothing unless a reference pulls; its steps must be the same empty ones on both sides.
+    assert signal[0] and (signal[4] or updates[4]["train/rollouts"] == 0)

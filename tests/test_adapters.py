@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from unmask.policies.denoiser import Denoiser
 from unmask.policies.layout import CheckpointError
 from unmask.policies.loading import load_denoiser, new_denoiser
 from unmask.policies.selfcheck import self_check
+from unmask.policies.tokenizers import byte_tokenizer
 from unmask.recipes.registry import RecipeError
 
+FIXTURES = Path(__file__).parent / "fixtures"
 SIZE = {"hidden_size": 32, "layers": 2, "heads": 2, "mlp": 64}
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IDS = torch.tensor([[1, 2, 257, 257, 9], [5, 257, 7, 257, 256]])
@@ -84,6 +87,53 @@ def test_targets_that_match_nothing_are_refused(targets: list[str], message: str
     denoiser = new_denoiser(**SIZE)
     with pytest.raises(RecipeError, match=message):
         attach_adapter(denoiser, lora_config(denoiser, targets=targets))
+    assert not any("lora" in name for name, _ in denoiser.model.named_parameters()), "nothing was attached"
+
+
+MIXTURES = {"llada_moe": {}, "llada2": {"block_length": 8}, "sdar_moe": {"block_length": 4}, "rnd1": {}}
+SHARED = r"would adapt the stacked experts and leave shared experts and dense layers out; list attention layers"
+
+
+def mixture(name: str) -> Denoiser:
+    facts = json.loads((FIXTURES / name / "golden.json").read_text())
+    options = {"mask_token_id": facts["mask_token_id"], **MIXTURES[name]}
+    return load_denoiser(str(FIXTURES / name), tokenizer=byte_tokenizer(), **options)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixtures_adapter_is_on_its_attention(name: str) -> None:
+    denoiser = mixture(name)
+    layers = denoiser.base.config.num_hidden_layers
+    before = denoiser.logits(IDS)
+    denoiser = attach_adapter(denoiser, lora_config(denoiser, rank=2))
+    expected = [f"model.layers.{n}.self_attn.{leaf}" for n in range(layers) for leaf in SEVEN[:4]]
+    assert adapted_modules(denoiser.model) == sorted(expected)
+    assert all(".self_attn." in name for name, p in denoiser.model.named_parameters() if p.requires_grad)
+    assert torch.equal(denoiser.logits(IDS), before)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["gate_proj"], SHARED),
+        (["q_proj", "up_proj"], SHARED),
+        (["down_proj"], SHARED),
+        (["shared_experts.up_proj"], SHARED),
+        (["layers.0.mlp.down_proj"], SHARED),
+        (["mlp.gate"], SHARED),
+        ("all-linear", r"'all-linear' would reach routers and stacked experts of a mixture; list attention layers"),
+        (r".*\.[qk]_proj", r"would reach routers and stacked experts of a mixture; list attention layers"),
+        (["lm_head"], r"'lm_head' cannot be adapted"),
+        (["query_key_value"], r"'query_key_value' matches no linear layer"),
+        (None, r"the peft config names no target_modules; list attention and MLP layers"),
+    ],
+)
+def test_a_mixtures_experts_are_not_adapted_by_halves(name: str, targets: list[str] | str, message: str) -> None:
+    """peft would turn these names into all stacked experts, or reach the router (reference/models.md section 13)."""
+    denoiser = mixture(name)
+    with pytest.raises(RecipeError, match=message):
+        attach_adapter(denoiser, LoraConfig(r=2, target_modules=targets))
     assert not any("lora" in name for name, _ in denoiser.model.named_parameters()), "nothing was attached"
 
 

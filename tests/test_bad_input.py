@@ -175,9 +175,9 @@ CONTRADICTIONS: list[Case] = [
         ["score 'left_to_right' is none"],
     ),
     (
-        "sampled confidence by margin",
-        ["rollout.sampler.selection=sampled_confidence", "rollout.sampler.score=margin"],
-        ["'sampled_confidence' ranks by the drawn token's confidence and ignores score 'margin'"],
+        "length and remasking",
+        ["rollout.sampler.top_p=0"],
+        ["rollout.sampler.top_p: 0", "must be > 0"],
     ),
     ("k is missing", ["objective.estimator.steps=uniform_k"], ["objective.estimator.k: None", "uniform_k needs"]),
     ("k without use", ["objective.estimator.k=4"], ["objective.estimator.k: 4 has no effect", "uniform_k"]),

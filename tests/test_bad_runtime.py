@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shortrun
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,18 +21,7 @@ from unmask.rl.checkpoints import CheckpointReadError, CheckpointWriteError
 from unmask.rl.losses import NonFiniteError
 from unmask.rl.trainer import UnmaskTrainer
 
-sys.path.append(str(Path(__file__).parent))
-import shortrun
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shortrun.save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def one_line(error: BaseException, *fragments: str) -> None:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import shortrun
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
 from unmask.policies.convert import convert
+from unmask.policies.denoiser import Denoiser
 from unmask.policies.layout import CheckpointError
 from unmask.policies.loading import load_denoiser
 from unmask.policies.tokenizers import byte_tokenizer
+from unmask.recipes.registry import SLOTS
+from unmask.rl import export as exporting
 from unmask.rl import run
 from unmask.rl.cli import app
 from unmask.rl.export import export
 from unmask.rl.runfolder import RunError
-
-sys.path.append(str(Path(__file__).parent))
-import shortrun
+from unmask.rl.sft import SftBatches, Source
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -61,10 +61,28 @@ def test_a_converted_model_is_the_old_one_that_looks_both_ways(autoregressive: P
     assert load_denoiser(str(tmp_path / "b")).family == blocks.family
 
 
+@torch.no_grad()
+def loss_on_fixed_batches(denoiser: Denoiser) -> float:
+    """Return the nats a token on batches that training does not see."""
+    source = Source(
+        "arithmetic", SLOTS["task"].build({"name": "arithmetic", "operations": [1, 2]})("heldout", seed=0), 1, 32
+    )
+    data = SftBatches([source], denoiser.tokenizer, denoiser.family, batch=16, steps=4, seed=7)
+    total = 0.0
+    for index in range(len(data)):
+        item = data[index]
+        logits_KV = denoiser.train_logits(
+            item["input_ids"], item["clean_ids"], padding_mask_BT=item["padding_mask"], positions_BT=item["scored"]
+        )
+        nll_K = -logits_KV.log_softmax(-1).gather(-1, item["target"][:, None])[:, 0]
+        total += (nll_K * item["weight"]).sum().item() / len(data)
+    return total
+
+
 @pytest.mark.parametrize("attention", ["full", "block_causal"])
 def test_a_converted_model_is_trained(autoregressive: Path, tmp_path: Path, attention: str) -> None:
     options = {"attention": attention, "block_length": 4 if attention == "block_causal" else None}
-    convert(str(autoregressive), tmp_path / "d", **options)
+    before = loss_on_fixed_batches(convert(str(autoregressive), tmp_path / "d", **options))
     recipe = tmp_path / "sft.yaml"
     recipe.write_text(
         f"kind: sft\nname: conv\nmodel: {{path: '{tmp_path / 'd'}'}}\n"
@@ -74,10 +92,11 @@ def test_a_converted_model_is_trained(autoregressive: Path, tmp_path: Path, atte
     )
     result = CliRunner().invoke(app, ["sft", str(recipe)], catch_exceptions=False)
     assert result.exit_code == 0
-    state = json.loads((tmp_path / "conv" / "summary.json").read_text())
-    assert 0 < state["loss"] < 5.0
     trained = load_denoiser(str(tmp_path / "conv" / "model"))
     assert trained.family.attention == attention
+    after = loss_on_fixed_batches(trained)
+    assert before > 5.4, "log 262 = 5.57 where nothing has been learned"
+    assert after < 0.6 * before
 
 
 @pytest.mark.parametrize(
@@ -120,6 +139,18 @@ def test_an_adapter_is_merged_and_verified(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     shortrun.save_model(tmp_path / "model")
     run.train(shortrun.recipe(tmp_path / "model", "name=r", "model.lora.rank=2", "optim.steps=2", "optim.lr=0.05"))
+
+    def damaged(path: str, **options: Any) -> Any:
+        again = load_denoiser(path, **options)
+        with torch.no_grad():
+            again.model.model.norm.weight.mul_(1.5)
+        return again
+
+    with monkeypatch.context() as patched:
+        patched.setattr(exporting, "load_denoiser", damaged)
+        with pytest.raises(RunError, match="gives other logits when read again"):
+            export("runs/r", tmp_path / "out", layout=layout)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "runs", "short.yaml"}, "nothing is left"
     report = export("runs/r", tmp_path / "out", layout=layout)
     assert report["merged_minus_adapter"] <= 1e-5 * report["scale"] < report["adapter_minus_base"]
     assert report["written_minus_merged"] == 0.0

@@ -24,7 +24,8 @@ from unmask.policies.loading import load_denoiser, new_denoiser
 from unmask.recipes.loading import load_methods, parse_recipe, resolve, slot_of
 from unmask.recipes.reading import shipped_recipes
 from unmask.recipes.registry import SLOTS, RecipeError
-from unmask.recipes.schema import Recipe, Section, SftRecipe
+from unmask.recipes.schema import Recipe, SftRecipe
+from unmask.recipes.sections import Section
 from unmask.rewards.building import build_rewards
 from unmask.rollouts import selection
 from unmask.rollouts.schedules import Quota
@@ -225,6 +226,17 @@ def test_the_example_of_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     denoiser.save(tmp_path / "again")
     saved = load_file(tmp_path / "again" / "model.safetensors")
     assert saved.keys() == state.keys() and all(torch.equal(saved[k], state[k]) for k in state)
+
+
+def test_the_table_of_precision_is_the_result() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "bf16.json").read_text())["result"]["rows"]
+    keys = ("stock", "vendor", "stock_to_vendor", "cast")
+    lines = [
+        " | ".join([f"| `{row['family']}`", *("" if row[key] is None else f"{row[key]:.1e}" for key in keys)]) + " |"
+        for row in rows
+    ]
+    text = (ROOT / "docs" / "precision.md").read_text()
+    assert "\n".join(lines) in text
 
 
 def test_minimal_has_as_many_lines_as_the_readme_says() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from unmask.rl.objective import Objective, build_objective
-from unmask.rollouts.sampler import build_sampler, denoise
+from unmask.rollouts.engine import denoise
+from unmask.rollouts.sampler import build_sampler
 from unmask.rollouts.trajectory import Trajectory
 
 RULES = [
@@ -19,11 +20,22 @@ RULES = [
     "confidence_1_stop",
     "confidence_2",
     "threshold",
+    "factor",
+    "frechet",
+    "entropy_budget",
+    "drawn_order_1",
+    "drawn_order_2",
     "sampled_1",
     "sampled_2",
     "sampled_1_stop",
+    "sampled_threshold",
+    "sampled_factor",
+    "sampled_frechet",
+    "sampled_leap",
+    "sampled_halves",
+    "sampled_eoser",
 ]
-SAMPLED = [name for name in RULES if name.startswith("sampled")]
+SAMPLED = ["sampled_1", "sampled_2", "sampled_1_stop"]
 PROMPT = torch.tensor([1, 3])
 CONSTANT = 0.3
 # Relative error that the naive log-prob has at least, 10^5 times what the exact one may have. Observed over the nine
@@ -66,7 +78,7 @@ def trace_gradient(
     probability = torch.stack([path.probability for path in paths]).detach()
     section = toys.section(rule)
     if not exact:
-        section["selection"] = {"name": "sampled_confidence", "exact": False}
+        section["exact"] = False
     sampler = build_sampler(section, temperature=rule.temperature)
     plan = chosen.plan(toy, None, trajectory, probability * (reward - constant), rng=None, sampler=sampler)
     chosen.backward(toy, plan)
@@ -162,11 +174,14 @@ def test_denoise_samples_the_enumerated_distribution(toys: ModuleType, name: str
     """20,000 rollouts: frequencies within 4 standard errors, recorded log-probs equal to the enumerated ones."""
     toy, rule, rows = toys.Toy(0), toys.RULES[name], 20_000
     paths = toys.enumerate_paths(toy, rule, PROMPT)
-    index = {(path.canvas, tuple(path.born.get(i, -1) for i in range(toys.L))): n for n, path in enumerate(paths)}
+    # Only a drawn order is told apart by the ranks.
+    kept = ("born", "rank") if rule.kind == "drawn_order" else ("born",)
+    keys = [(path.canvas, *(tuple(getattr(path, k).get(i, -1) for i in range(toys.L)) for k in kept)) for path in paths]
+    index = {key: n for n, key in enumerate(keys)}
     trajectory = rollouts(toys, toy, rule, rows)
     trajectory.validate()
-    keys = zip(map(tuple, trajectory.tokens_BL.tolist()), map(tuple, trajectory.born_BL.tolist()), strict=True)
-    path_B = torch.tensor([index[key] for key in keys])
+    tables = (trajectory.tokens_BL, *(getattr(trajectory, f"{k}_BL") for k in kept))
+    path_B = torch.tensor([index[key] for key in zip(*(map(tuple, t.tolist()) for t in tables), strict=True)])
     probability = torch.stack([path.probability for path in paths]).detach()
     expected, found = probability * rows, torch.bincount(path_B, minlength=len(paths))
     # Pearson's statistic over cells of at least 5 expected rollouts, against its mean + 4 standard deviations.
@@ -175,6 +190,6 @@ def test_denoise_samples_the_enumerated_distribution(toys: ModuleType, name: str
     assert statistic <= large.sum() + 4 * (2 * large.sum()) ** 0.5
     exact = toys.record(paths, rule, PROMPT)
     torch.testing.assert_close(trajectory.logprob_BL.double(), exact.logprob_BL[path_B], rtol=0, atol=1e-6)
-    if rule.kind == "sampled":
+    if rule.kind in ("sampled", "drawn_order"):
         recorded = trajectory.choice_logprob_BS.double()
         torch.testing.assert_close(recorded, exact.choice_logprob_BS[path_B], rtol=0, atol=1e-6)

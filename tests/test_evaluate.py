@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import shortrun
+import toyrewards
 
 from unmask.policies.loading import load_denoiser
 from unmask.recipes.registry import SLOTS, RecipeError
@@ -20,21 +21,9 @@ from unmask.rl.targets import open_target
 from unmask.rollouts.sampler import build_sampler
 from unmask.rollouts.worker import RolloutBatch, RolloutWorker
 
-sys.path.append(str(Path(__file__).parent))
-import shortrun
-import toyrewards
+pytestmark = pytest.mark.usefixtures("place")
 
 ROWS = [{"prompt": "x" * (1 + index % 3), "index": index} for index in range(10)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shortrun.save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def worker(model: Path, reward: Any, **changes: Any) -> RolloutWorker:

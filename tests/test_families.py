@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from unmask.policies import loading
 from unmask.policies.blocks import doubled_mask
 from unmask.policies.denoiser import Denoiser
 from unmask.policies.layout import CheckpointError
@@ -192,6 +193,57 @@ def test_the_training_pass_scores_each_block_as_decoding_does(name: str) -> None
             assert apart <= 1e-5 * wanted.abs().max(), (block, model.family.logit_shift)
 
 
+def cached_logprobs(denoiser: Denoiser, clean_T: Tensor, noisy_T: Tensor, padding: int) -> Tensor:
+    """Return log-probs `[T, V]` of one row decoded block by block behind the cache, each block committed when clean.
+
+    Of the left-padded row's blocks, the first ones hold its padding and its prompt.
+    """
+    length, cache = denoiser.family.block_length or 1, denoiser.new_cache()
+    whole = denoiser.family.alignment == "left_pad_to_block"
+    # Borders are those of the padded columns, or of the row's own tokens.
+    start = 0 if whole else padding
+    found = []
+    for first in range(start, len(clean_T), length):
+        block = slice(first, min(first + length, len(clean_T)))
+        mask = (torch.arange(block.start, block.stop) >= padding)[None] if block.start < padding else None
+        logits = denoiser.logits(noisy_T[None, block], padding_mask_BT=mask, cache=cache)
+        found.append(logits[0].log_softmax(-1))
+        denoiser.logits(clean_T[None, block], padding_mask_BT=mask, cache=cache, commit=True)
+    return torch.cat(found)[padding - start :]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("alignment", ["shared_block", "left_pad_to_block"])
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_what_the_trainer_scores_is_what_decoding_behind_the_cache_scored(
+    name: str, alignment: str, shift: int
+) -> None:
+    """Prompts of three lengths, none of them whole blocks but one, in one left-padded batch of [x_t ; x_0]."""
+    denoiser = load(name)
+    denoiser.family = replace(denoiser.family, alignment=alignment, logit_shift=shift)
+    length = denoiser.family.block_length or 1
+    generator = torch.Generator().manual_seed(8)
+    prompts, canvas = [2 * length, length + 1, 2 * length - 1], 3 * length - 1
+    width = 2 * length
+    clean = torch.randint(0, 300, (3, width + canvas), generator=generator)
+    column = torch.arange(width + canvas)
+    hidden = (torch.rand(clean.shape, generator=generator) < 0.6) & (column >= width)
+    noisy = clean.masked_fill(hidden, denoiser.family.mask_token_id)
+    mask = column >= torch.tensor([[width - n] for n in prompts])
+    trained = denoiser.train_logits(noisy, clean, padding_mask_BT=mask).log_softmax(-1)
+    for row, prompt in enumerate(prompts):
+        padding = width - prompt
+        decoded = cached_logprobs(denoiser, clean[row], noisy[row], padding)
+        chosen = hidden[row, padding:]
+        worst = (trained[row, padding:] - decoded)[chosen].abs().max().item()
+        assert worst <= 1e-5, (prompt, worst)
+    # The comparison has power: with the borders of the other alignment the same tokens score otherwise.
+    other = replace(denoiser.family, alignment="shared_block" if alignment != "shared_block" else "left_pad_to_block")
+    wrong = replace(denoiser, family=other).train_logits(noisy, clean, padding_mask_BT=mask).log_softmax(-1)
+    assert (wrong - trained)[1][hidden[1]].abs().max() > 0.1
+
+
 @torch.no_grad()
 def test_a_shifted_family_predicts_across_the_cache() -> None:
     denoiser = load("sdar")
@@ -216,6 +268,27 @@ def test_blocks_counted_from_a_padded_prompt() -> None:
     hidden = shared._trunk(ids, (block[:, None] >= block)[None, None], torch.arange(9)[None])
     assert (found - shared.head(hidden)).abs().max() <= 1e-5 * found.abs().max()
     assert (found - shared.logits(ids)).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_in_bfloat16_angles_are_computed_in_float32(
+    family: tuple[str, Denoiser], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding RoPE's frequencies, or angles far out, is what `.to(bfloat16)` does (docs/precision.md)."""
+    name, full = family
+    # On CPUs the grouped kernel refuses bfloat16 rows as narrow as these mixtures'.
+    monkeypatch.setattr(loading, "self_check", lambda _: None)
+    half = load(name, dtype="bfloat16")
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    own, exact = half.base.base_model.rotary_emb, full.base.base_model.rotary_emb
+    assert own.inv_freq.dtype == torch.float32 and torch.equal(own.inv_freq, exact.inv_freq)
+    far = torch.arange(30_000, 30_064)[None]
+    for found, wanted in zip(own(torch.zeros(1, dtype=torch.bfloat16), far), exact(torch.zeros(1), far), strict=True):
+        assert wanted.dtype == torch.float32 and torch.equal(found, wanted.bfloat16())
+    if name == "llada2":  # what it adds to the routers' scores decides between experts
+        biases = {key: value for key, value in half.model.state_dict().items() if "e_score" in key}
+        assert biases and all(value.dtype == torch.float32 for value in biases.values())
+        assert all(torch.equal(value, full.model.state_dict()[key]) for key, value in biases.items())
 
 
 @pytest.mark.parametrize("layout", ["vendor", "stock"])

@@ -9,46 +9,46 @@ import pytest
 import torch
 
 from unmask.policies import conversion
-from unmask.policies.families import LAYOUTS
+from unmask.policies.layout import CheckpointError, Layout
 from unmask.policies.loading import stock_classes, stock_config
+from unmask.policies.published import CONFIGS
+from unmask.policies.resolving import find_layout
 
 Shapes = dict[str, tuple[int, ...]]
-QWEN = {"hidden_act": "silu", "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
-# Fields, tensor counts and byte totals (bfloat16) as published; models.md sections 3-5 and 9.
-CONFIGS: dict[str, dict[str, Any]] = {
-    "dream": QWEN
-    | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
-    | {"num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 131072},
-    "sdar-1.7b": QWEN
-    | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
-    | {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 32768},
-    "sdar-4b": QWEN
-    | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
-    | {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 32768},
-    "sdar-8b": QWEN
-    | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
-    | {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 32768},
-    "sdar_moe": QWEN
-    | {"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48}
-    | {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128}
-    | {"num_experts_per_tok": 8, "norm_topk_prob": True, "vocab_size": 151936, "max_position_embeddings": 32768}
-    | {"decoder_sparse_step": 1, "mlp_only_layers": []},
-    "llada_moe": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16}
-    | {"num_experts": 64, "num_experts_per_tok": 8, "expert_intermediate_size": 1024, "vocab_size": 157184}
-    | {"rms_norm_eps": 1e-5, "rope_theta": 5e4, "max_position_embeddings": 8192, "hidden_act": "silu"},
-    "llada2": QWEN
-    | {"hidden_size": 2048, "intermediate_size": 5120, "num_hidden_layers": 20, "num_attention_heads": 16}
-    | {"num_key_value_heads": 4, "head_dim": 128, "num_experts": 256, "num_experts_per_tok": 8}
-    | {"moe_intermediate_size": 512, "num_shared_experts": 1, "first_k_dense_replace": 1, "norm_topk_prob": True}
-    | {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "partial_rotary_factor": 0.5}
-    | {"rope_theta": 6e5, "vocab_size": 157184, "max_position_embeddings": 32768},
+HUB_IDS = (  # one a family and size; Open-dCoder and ModernBERT have the stock class's own names
+    "GSAI-ML/LLaDA-8B-Instruct",
+    "inclusionAI/LLaDA-MoE-7B-A1B-Instruct",
+    "inclusionAI/LLaDA2.0-mini",
+    "inclusionAI/LLaDA2.0-flash",
+    "Dream-org/Dream-v0-Instruct-7B",
+    "JetLM/SDAR-1.7B-Chat",
+    "JetLM/SDAR-4B-Chat",
+    "JetLM/SDAR-8B-Chat",
+    "JetLM/SDAR-30B-A3B-Chat",
+    "Efficient-Large-Model/Fast_dLLM_v2_7B",
+    "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1",
+    "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1",
+    "radicalnumerics/RND1-Base-0910",
+)
+# Tensors and bytes in bfloat16 as published (models.md sections 1, 3-5).
+PUBLISHED = {
+    "GSAI-ML/LLaDA-8B-Instruct": (291, 16_031_162_368),
+    "Dream-org/Dream-v0-Instruct-7B": (339, 15_231_233_024),
+    "JetLM/SDAR-4B-Chat": (399, 8_822_848_512),
+    "JetLM/SDAR-8B-Chat": (399, 16_381_470_720),
+    "inclusionAI/LLaDA2.0-mini": (14_813, 32_511_286_784),
 }
-PUBLISHED = {  # tensors, bytes
-    "dream": (339, 15_231_233_024),
-    "sdar-4b": (399, 8_822_848_512),
-    "sdar-8b": (399, 16_381_470_720),
-    "llada2": (14_813, 32_511_286_784),
-}
+
+
+def llada_keys(config: dict[str, Any]) -> Shapes:
+    width, inner, rows = config["d_model"], config["mlp_hidden_size"], config["vocab_size"]
+    square, wide = dict.fromkeys(("q_proj", "k_proj", "v_proj", "attn_out"), (width, width)), (inner, width)
+    block = square | {"attn_norm": (width,), "ff_norm": (width,), "ff_proj": wide, "up_proj": wide}
+    block |= {"ff_out": (width, inner)}
+    layers = range(config["n_layers"])
+    shapes: Shapes = {f"model.transformer.blocks.{n}.{k}.weight": s for n in layers for k, s in block.items()}
+    ends = {"wte": (rows, width), "ln_f": (width,), "ff_out": (rows, width)}
+    return shapes | {f"model.transformer.{name}.weight": shape for name, shape in ends.items()}
 
 
 def attention(config: dict[str, Any], *, bias: bool = False, norm: bool = True) -> Shapes:
@@ -73,8 +73,9 @@ def prefixed(prefix: str, shapes: Shapes) -> Shapes:
 def qwen_keys(config: dict[str, Any], *, bias: bool = False, inner: int | None = None) -> Shapes:
     """Return names and shapes of Qwen2, Qwen3 and Qwen3-MoE (transformers 4 names, one tensor an expert)."""
     width, rows = config["hidden_size"], config["vocab_size"]
-    shapes: Shapes = {"model.embed_tokens.weight": (rows, width), "lm_head.weight": (rows, width)}
-    shapes["model.norm.weight"] = (width,)
+    shapes: Shapes = {"model.embed_tokens.weight": (rows, width), "model.norm.weight": (width,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (rows, width)
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}."
         shapes |= prefixed(at + "self_attn.", attention(config, bias=bias, norm=not bias))
@@ -114,17 +115,22 @@ def llada2_keys(config: dict[str, Any]) -> Shapes:
     return shapes
 
 
-def keys(name: str) -> Shapes:
-    config = CONFIGS[name]
-    if name == "llada2":
-        return llada2_keys(config)
+def layout_of(name: str) -> Layout:
+    ambiguous = "a2d_bd3lm" if "bd3lm" in name else "a2d_mdlm"
+    return find_layout(CONFIGS[name], ambiguous if name.startswith("dllm-hub/") else None)
+
+
+def keys(layout: Layout, config: dict[str, Any]) -> Shapes:
+    if layout.name in ("llada", "llada2"):
+        return llada_keys(config) if layout.name == "llada" else llada2_keys(config)
     inner = config.get("moe_intermediate_size") or config.get("expert_intermediate_size")
-    return qwen_keys(config, bias=name == "dream", inner=inner)
+    return qwen_keys(config, bias=layout.stock == "qwen2", inner=inner)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", HUB_IDS)
 def test_every_published_tensor_is_used_once(name: str) -> None:
-    layout, shapes = LAYOUTS[name.split("-")[0]], keys(name)
+    layout = layout_of(name)
+    shapes = keys(layout, CONFIGS[name])
     if name in PUBLISHED:
         numbers = [int(torch.Size(shape).numel()) for shape in shapes.values()]
         assert (len(shapes), 2 * sum(numbers)) == PUBLISHED[name]
@@ -138,19 +144,83 @@ def test_every_published_tensor_is_used_once(name: str) -> None:
             yield key, torch.empty(shapes[key], device="meta")
 
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
     state = dict(conversion.to_stock(layout, config, tensors()))
     assert {key: tuple(value.shape) for key, value in state.items()} == wanted
     back = conversion.to_vendor(layout, config, state)
     assert {key: tuple(value.shape) for key, value in back.items()} == shapes
 
 
-def test_experts_are_stacked_by_number_not_by_name() -> None:
-    config = stock_config(LAYOUTS["sdar_moe"], CONFIGS["sdar_moe"] | {"num_experts": 12, "num_hidden_layers": 1})
+@pytest.mark.parametrize("name", HUB_IDS)
+def test_names_translate_both_ways(name: str) -> None:
+    """One table a family, read from either end: no two names meet, and each comes back."""
+    layout = layout_of(name)
+    vendor = keys(layout, CONFIGS[name] | {"n_layers": 12, "num_hidden_layers": 2})
+    stock = {layout.to_stock(key) for key in vendor}
+    assert len(stock) == len(vendor)
+    assert {layout.to_vendor(key) for key in stock} == set(vendor)
+    if layout.names:
+        changed = {key for key in vendor if layout.to_stock(key) != key}
+        assert all(any(key.startswith(old.partition("*")[0]) for old, _ in layout.names) for key in changed)
+        # Every pair of the table is needed.
+        for pair in layout.names:
+            without = Layout(name="?", stock="", fields=(), names=tuple(p for p in layout.names if p != pair))
+            assert {without.to_stock(key) for key in vendor} != stock, pair
+
+
+def test_a_pattern_fits_whole_words_and_numbers_only() -> None:
+    layout = Layout("mine", "llama", (), names=(("back.*.x", "model.*.y.z"), ("out", "lm_head")))
+    pairs = {"back.12.x": "model.12.y.z", "back.3.x.weight": "model.3.y.z.weight", "out.bias": "lm_head.bias"}
+    assert {key: layout.to_stock(key) for key in pairs} == pairs
+    assert {value: layout.to_vendor(value) for value in pairs.values()} == {v: k for k, v in pairs.items()}
+    for other in ("back.a.x.weight", "back.3.xx.weight", "outer.weight", "more.out.weight", "backs.3.x"):
+        assert layout.to_stock(other) == other
+
+
+def sdar_moe(**changes: int) -> tuple[Layout, Any, dict[str, torch.Tensor]]:
+    """Return layout, stock config and named experts of one layer with 12 experts, expert e filled with e."""
+    vendor = CONFIGS["JetLM/SDAR-30B-A3B-Chat"] | {"num_experts": 12, "num_hidden_layers": 1} | changes
+    layout = find_layout(vendor, None)
     named = {
         f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight": torch.full((2, 3), float(expert))
         for expert in range(12)
         for part in ("gate", "up")
     }
-    ((name, stacked),) = conversion.to_stock(LAYOUTS["sdar_moe"], config, [(k, named[k]) for k in sorted(named)])
+    return layout, stock_config(layout, vendor), named
+
+
+def test_experts_are_stacked_by_number_not_by_name() -> None:
+    layout, config, named = sdar_moe()
+    ((name, stacked),) = conversion.to_stock(layout, config, [(k, named[k]) for k in sorted(named)])
     assert name == "model.layers.0.mlp.experts.gate_up_proj"
     assert stacked[:, 0, 0].tolist() == list(range(12))
+
+
+def test_experts_of_a_renamed_trunk_come_back() -> None:
+    _, config, named = sdar_moe()
+    layout = Layout("mine", "qwen3_moe", (), names=(("backbone", "model"),), experts=True)
+    theirs = {key.replace("model.", "backbone.", 1): value for key, value in named.items()}
+    state = dict(conversion.to_stock(layout, config, theirs.items()))
+    assert state.keys() == {"model.layers.0.mlp.experts.gate_up_proj"}
+    assert conversion.to_vendor(layout, config, state).keys() == theirs.keys()
+
+
+def test_experts_that_are_missing_too_many_or_of_another_shape() -> None:
+    layout, config, named = sdar_moe()
+    one = "model.layers.0.mlp.experts.7.up_proj.weight"
+    lacking = [(key, value) for key, value in named.items() if key != one]
+    with pytest.raises(CheckpointError, match=f"1 experts' tensors are missing, first '{one}'; download it again"):
+        list(conversion.to_stock(layout, config, lacking))
+    with pytest.raises(CheckpointError, match=r"experts.11.gate_proj.weight': config.json says there are 11 experts"):
+        list(conversion.to_stock(layout, sdar_moe(num_experts=11)[1], named.items()))
+    with pytest.raises(CheckpointError, match=r"shape \(2, 4\), other experts \(2, 3\)"):
+        list(conversion.to_stock(layout, config, (named | {one: torch.zeros(2, 4)}).items()))
+
+
+def test_a_fused_projection_of_other_heads() -> None:
+    vendor = CONFIGS["inclusionAI/LLaDA2.0-mini"] | {"num_hidden_layers": 1}
+    layout = find_layout(vendor, None)
+    fused = {"model.layers.0.attention.query_key_value.weight": torch.zeros(24 * 128 + 1, 2048, device="meta")}
+    with pytest.raises(CheckpointError, match=r"query_key_value.weight' has 3073 rows, config.json's heads make 3072"):
+        list(conversion.to_stock(layout, stock_config(layout, vendor), fused.items()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from unmask.policies import loading as module
 from unmask.policies.denoiser import Denoiser
-from unmask.policies.families import LLADA
+from unmask.policies.families import LAYOUTS, LLADA
 from unmask.policies.layout import CheckpointError
 from unmask.policies.loading import load_denoiser
+from unmask.policies.resolving import check_config
 from unmask.policies.selfcheck import SelfCheckError, self_check
 from unmask.policies.tokenizers import byte_tokenizer
 
@@ -52,6 +55,33 @@ def weights(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> No
     save_file(state, path / WEIGHTS)
 
 
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the tensors that are read from here on."""
+    names: list[str] = []
+
+    class Watched:
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self.file = safe_open(*arguments, **options)
+
+        def __enter__(self) -> Watched:
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.file.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            names.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(module, "safe_open", Watched)
+    return names
+
+
 def truncate(path: Path) -> None:
     (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-1000])
 
@@ -65,6 +95,18 @@ def pickle_only(path: Path) -> None:
     (path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
 
 
+def truncated_second_shard(path: Path) -> None:
+    state = load_file(path / WEIGHTS)
+    (path / WEIGHTS).unlink()
+    names = [f"model-{i:05}-of-00002.safetensors" for i in (1, 2)]
+    halves = [{key: state[key] for key in sorted(state)[i::2]} for i in range(2)]
+    for name, half in zip(names, halves, strict=True):
+        save_file(half, path / name)
+    (path / names[1]).write_bytes((path / names[1]).read_bytes()[:-1000])
+    weight_map = {key: name for name, half in zip(names, halves, strict=True) for key in half}
+    (path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
 def missing_shard(path: Path) -> None:
     (path / INDEX).write_text(json.dumps({"weight_map": {NORM: "model-00001-of-00002.safetensors"}}))
 
@@ -76,6 +118,7 @@ FILES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no weights", lambda p: (p / WEIGHTS).unlink(), r"there is no model.safetensors and no model.safetensors.index"),
     ("pickle", pickle_only, r"only pickle weights are here; unmask reads safetensors only"),
     ("truncated", truncate, r"model.safetensors: damaged or truncated safetensors .*download it again"),
+    ("truncated shard", truncated_second_shard, r"model-00002-of-00002.safetensors: damaged or truncated safetensors"),
     ("garbage", garbage, r"model.safetensors: damaged or truncated safetensors"),
     ("missing shard", missing_shard, r"shard 'model-00001-of-00002.safetensors' of 1 is missing"),
     ("index is no JSON", lambda p: (p / INDEX).write_text("{"), r"index.json: not an index of shards"),
@@ -96,6 +139,11 @@ FILES: list[tuple[str, Callable[[Path], Any], str]] = [
         r"1 tensors fit nothing, first 'model.transformer.blocks.9.up_proj.weight'",
     ),
     (
+        "one tensor under both names",
+        lambda p: weights(p, lambda state: state.update({"model.norm.weight": torch.zeros(64)})),
+        r"two tensors are 'model.transformer.ln_f.weight'; is it another family",
+    ),
+    (
         "misshapen tensor",
         lambda p: weights(p, lambda state: state.update({NORM: torch.zeros(63)})),
         r"'model.transformer.ln_f.weight' has shape \(63,\), config.json says \(64,\)",
@@ -105,20 +153,29 @@ FILES: list[tuple[str, Callable[[Path], Any], str]] = [
         lambda p: weights(p, lambda s: s.update({"model.transformer.blocks.0.up_proj.weight": torch.zeros(64, 112)})),
         r"blocks.0.up_proj.weight' has shape \(64, 112\), config.json says \(112, 64\)",
     ),
-    (
-        "NaN in the weights",
-        lambda p: weights(p, lambda state: state[NORM].fill_(torch.nan)),
-        r"the logits are not finite; the weights are damaged",
-    ),
 ]
 
 
 @pytest.mark.parametrize(("damage", "message"), [case[1:] for case in FILES], ids=[case[0] for case in FILES])
-def test_damaged_folders(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
+def test_damaged_folders_are_refused_before_a_weight_is_read(
+    folder: Path, damage: Callable[[Path], Any], message: str, read: list[str]
+) -> None:
     damage(folder)
-    with pytest.raises((CheckpointError, SelfCheckError), match=message) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+    assert not read
+
+
+def test_a_sound_folder_is_read_once(folder: Path, read: list[str]) -> None:
+    load(folder)
+    assert sorted(read) == sorted(load_file(folder / WEIGHTS))
+
+
+def test_weights_that_are_not_numbers(folder: Path) -> None:
+    weights(folder, lambda state: state[NORM].fill_(torch.nan))
+    with pytest.raises(SelfCheckError, match=r"the logits are not finite; the weights are damaged"):
+        load(folder)
 
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
@@ -155,11 +212,12 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), CONFIGS, ids=lambda value: str(value)[:40])
-def test_configs_that_do_not_fit(folder: Path, changes: dict[str, Any], message: str) -> None:
+def test_configs_that_do_not_fit(folder: Path, changes: dict[str, Any], message: str, read: list[str]) -> None:
     config(folder, **changes)
     with pytest.raises(CheckpointError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+    assert not read
 
 
 def test_the_family_can_be_named(folder: Path) -> None:
@@ -174,6 +232,15 @@ def test_a_missing_mask_id_can_be_given(folder: Path) -> None:
     assert load(folder, mask_token_id=380).family.mask_token_id == 380
     with pytest.raises(CheckpointError, match="mask_token_id 371 equals the EOS id"):
         load(folder, mask_token_id=371)
+
+
+def test_a_completion_must_be_able_to_end(folder: Path) -> None:
+    config(folder, eos_token_id=..., pad_token_id=...)
+    tokenizer = byte_tokenizer()
+    assert load_denoiser(str(folder), tokenizer=tokenizer).family.eos_token_ids == (256,)
+    tokenizer.eos_token = None
+    with pytest.raises(CheckpointError, match=r"names an eos_token_id; write it into config.json"):
+        load_denoiser(str(folder), tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere-zz", "nowhere", "a/b/c"])
@@ -205,6 +272,43 @@ def test_a_foreign_vocabulary_is_never_read_with_bytes(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"its tokenizer files cannot be read"):
         load_denoiser(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("4bit", r"4bit needs bitsandbytes; pip install 'unmask\[4bit\]'"), ("8bit", "model.quantization: '8bit' is not")],
+)
+def test_quantization_that_is_not_there(
+    folder: Path, name: str, message: str, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder, quantization=name)
+    assert not read
+
+
+# What each family's stock class can represent (the vendors' configs say these or nothing); `requires` refuses the rest.
+REQUIRED = {
+    "llada": "block_type layer_norm_type activation_type rope attention_layer_norm input_emb_norm scale_logits alibi",
+    "llada_moe": "qk_layernorm clip_qkv moe_router_score_function moe_router_enable_expert_bias "
+    "shared_expert_intermediate_size partial_rotary_factor router_num_group routed_scaling_factor",
+    "llada2": "hidden_act use_sliding_window score_function moe_router_enable_expert_bias use_bias use_qkv_bias",
+    "dream": "hidden_act use_sliding_window use_mrope",
+    "fast_dllm_v2": "hidden_act use_sliding_window",
+    **dict.fromkeys(("sdar", "sdar_moe", "rnd1"), "hidden_act use_sliding_window"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_a_stock_class_cannot_represent_is_refused(name: str) -> None:
+    layout = LAYOUTS[name]
+    assert [key for key, _ in layout.requires] == REQUIRED.get(name, "").split()
+    for key, allowed in layout.requires:
+        for value in allowed:
+            check_config({key: value}, layout)
+        for value in ({bool: not allowed[0], str: "other"}.get(type(allowed[0]), 3), 3, "other"):
+            with pytest.raises(CheckpointError, match=f"config.json: {key} is {value!r}, but family '{name}'"):
+                check_config({key: value}, layout)
 
 
 def test_a_missing_tiny_model_says_how_to_make_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

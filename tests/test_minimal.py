@@ -25,7 +25,9 @@ from unmask.rl.advantages import group_mean
 from unmask.rl.estimators import trace
 from unmask.rl.objective import build_objective
 from unmask.rl.replay import replay_all
-from unmask.rollouts.sampler import Sampler, build_sampler, denoise, window_logits
+from unmask.rollouts.engine import denoise
+from unmask.rollouts.forward import window_logits
+from unmask.rollouts.sampler import Sampler, build_sampler
 from unmask.rollouts.trajectory import PAD, SAMPLED, Trajectory
 
 PROMPTS = ["7 a+8 b-3", "1 a-4 b+9 c+2 d-5", "0 a-3"]

@@ -13,7 +13,8 @@ from unmask.policies.denoiser import Denoiser
 from unmask.policies.loading import new_denoiser
 from unmask.recipes.registry import SLOTS
 from unmask.rl.objective import Objective, build_objective
-from unmask.rollouts.sampler import build_sampler, denoise
+from unmask.rollouts.engine import denoise
+from unmask.rollouts.sampler import build_sampler
 from unmask.rollouts.trajectory import Trajectory
 
 CANVAS = 16
@@ -26,8 +27,8 @@ SAMPLERS: dict[str, dict[str, object]] = {
     "no_stop": {"schedule": BLOCKS, "eos": {"rule": "none"}},
     "suppress": {"schedule": BLOCKS, "eos": {"suppress": True}},
     "threshold": {"schedule": BLOCKS, "selection": {"name": "threshold", "level": 0.02}},
-    "sampled_confidence": {"schedule": BLOCKS, "selection": "sampled_confidence", "score_temperature": 0.7},
-    "naive": {"schedule": BLOCKS, "selection": {"name": "sampled_confidence", "exact": False}},
+    "sampled_confidence": {"schedule": BLOCKS, "score": "sampled_confidence", "score_temperature": 0.7},
+    "naive": {"schedule": BLOCKS, "score": "sampled_confidence", "exact": False},
 }
 
 
@@ -69,7 +70,7 @@ def test_first_inner_step_has_ratio_one(denoiser: Denoiser, name: str, unit: str
     assert statistics["mismatch_max"] <= 1e-5
     # The choice of positions is recomputed as well, from the drawn tokens and the window of that step.
     choices = len(plan.old_A) - len(plan.weight_K)
-    assert choices == (len(plan.views) if name == "sampled_confidence" else 0)
+    assert choices == (len(plan.views) if name in ("sampled_confidence", "score_sampled_confidence") else 0)
 
 
 def gradient(denoiser: Denoiser, chunk: int, unit: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -98,11 +99,11 @@ def test_prompts_and_completions() -> None:
     tokenizer = byte_tokenizer()
     assert prompt_ids(tokenizer, "hé") == [259, *"hé".encode(), 260]
     assert prompt_ids(tokenizer, "hé") == prompt_ids(tokenizer, [{"role": "user", "content": "hé"}])
-    assert completion_ids(tokenizer, "5\n#### 5") == [*b"5\n#### 5", 256]
+    assert completion_ids(tokenizer, "5\n#### 5", 256) == [*b"5\n#### 5", 256]
     # A prompt and its completion are the template's rendering of the two turns.
     talk = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     assert (
-        prompt_ids(tokenizer, "1+1=") + completion_ids(tokenizer, "2")
+        prompt_ids(tokenizer, "1+1=") + completion_ids(tokenizer, "2", 256)
         == tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]
     )
 
@@ -123,6 +124,33 @@ def test_a_saved_tokenizer_is_the_same(tmp_path: Path) -> None:
 def test_folders_without_tokenizer_files_get_bytes_when_the_ids_fit(tmp_path: Path) -> None:
     family = new_denoiser(**SIZE).family
     assert load_tokenizer(tmp_path, None, family, "llada").get_vocab() == byte_tokenizer().get_vocab()
+
+
+def test_dreams_vocabulary_and_merges_are_read_as_qwens(tmp_path: Path) -> None:
+    """Dream ships no tokenizer.json, and a tokenizer class of its own, whose code is not run."""
+    words = [*byte_symbols(), "he", "ll", "hell", "12", "'ll"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\nl l\nhe ll\n1 2\n' ll\n")
+    special = {"<|endoftext|>": 261, "<|im_start|>": 262, "<|im_end|>": 263, "<|beginoftext|>": 264, "<|mask|>": 265}
+    settings = {"tokenizer_class": "DreamTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_dream.X", None]}}
+    settings |= {"mask_token": "<|mask|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    settings["added_tokens_decoder"] = {str(i): {"content": token, "special": True} for token, i in special.items()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path, read_tokenizer(tmp_path), new_denoiser(**SIZE).family, "chatml_helpful")
+    assert (tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (265, 261, 261)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    assert ids("hello<|mask|>") == [258, ord("o"), 265]
+    assert ids("12") == [ord("1"), ord("2")], "digits are never merged"
+    assert ids("he'll") == [256, 260]
+    assert ids("e\u0301") == ids("\u00e9"), "NFC"
+    text = prompt_ids(tokenizer, "hello")
+    assert tokenizer.decode(text).endswith("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
+    tokenizer.save_pretrained(tmp_path / "again")
+    again = read_tokenizer(tmp_path / "again")
+    assert again is not None and prompt_ids(again, "hello 12") == prompt_ids(tokenizer, "hello 12")
 
 
 # --- LLaDA's template ------------------------------------------------------------------------------------------------

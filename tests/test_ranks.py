@@ -7,17 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet
 import pytest
-import torch
+import shortrun
 
 from unmask.recipes.schema import Recipe
 from unmask.rl import run
 
-sys.path.append(str(Path(__file__).parent))
-import shortrun
+pytestmark = pytest.mark.usefixtures("place")
+
 
 BASE = ["rollout.prompts=4", "optim.steps=8", "rewards=[{name: 'toyrewards:one_sided'}]", "evaluation.every=4"]
 KINDS = {
@@ -30,34 +28,12 @@ KINDS = {
         "objective.beta=0.05",
     ],
     "choices of positions, drawn steps, tokens alike": [
-        "rollout.sampler.selection=sampled_confidence",
+        "rollout.sampler.score=sampled_confidence",
         "objective.unit=step",
         "objective.estimator={name: trace, steps: uniform_k, k: 2}",
         "objective.weight=uniform",
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shortrun.save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Return the rollouts of a batch from the files of all ranks."""
-    files = sorted((folder / "rollouts").glob(f"step-{step:06}*.parquet"), key=lambda path: path.stem)
-    return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
-
-
-def distance(one: Path, two: Path) -> float:
-    """Return by how much the trained weights of two runs differ, relative to their norm."""
-    a, b = (torch.cat([w.flatten() for _, w in sorted(shortrun.weights(path).items())]) for path in (one, two))
-    return ((a - b).norm() / a.norm()).item()
 
 
 @pytest.mark.parametrize("overrides", KINDS.values(), ids=KINDS)
@@ -68,40 +44,12 @@ def test_two_ranks_do_what_one_does(model: Path, overrides: list[str]) -> None:
     shortrun.finish(processes)
     one, two = Path("runs/one"), Path("runs/two")
     for step in (0, 2, 4, 6):
-        compare_rollouts(rollouts(one, step), rollouts(two, step))
-    compare_metrics(one, two)
-    assert distance(one, two) < 1e-6
+        shortrun.compare_rollouts(shortrun.rollouts(one, step), shortrun.rollouts(two, step))
+    shortrun.compare_metrics(one, two)
+    assert shortrun.distance(one, two) < 1e-6
     assert json.loads((two / "manifest.json").read_text())["ranks"] == 2
     # One rank alone speaks.
     assert "held-out exact" in processes[0].text() and not processes[1].text()
-
-
-def compare_rollouts(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
-    assert len(one) == len(two) == 16
-    for a, b in zip(one, two, strict=True):
-        for exact in ("rollout_id", "group", "prompt", "tokens", "source", "born", "nfe", "outcome", "completion"):
-            assert a[exact] == b[exact], exact
-        assert a["reward"] == b["reward"] and a["advantage"] == b["advantage"]
-        assert torch.allclose(torch.tensor(a["logprob"]), torch.tensor(b["logprob"]), rtol=0, atol=1e-5)
-
-
-def compare_metrics(one: Path, two: Path) -> None:
-    records = [shortrun.lines(folder / "metrics.jsonl") for folder in (one, two)]
-    assert len(records[0]) == len(records[1])
-    counts = ("step", "n", "exact", "tokens", "views", "rollouts", "mass", "nfe", "length")
-    for a, b in zip(*records, strict=True):
-        assert a.keys() == b.keys()
-        for key, value in a.items():
-            if key.rpartition("/")[2] in counts:
-                assert value == pytest.approx(b[key], rel=1e-12), key
-            elif key == "loss":
-                assert value == pytest.approx(b[key], rel=1e-6, abs=1e-6)
-            else:
-                assert value == pytest.approx(b[key], rel=1e-4, abs=2e-6), key
-    updates = [record for record in records[0] if "loss" in record]
-    signal = [record["grad_norm"] > 0 for record in updates]
-    # The third batch teaches nothing unless a reference pulls; its steps must be the same empty ones on both sides.
-    assert signal[0] and (signal[4] or updates[4]["train/rollouts"] == 0)
 
 
 def test_prompts_that_two_ranks_cannot_share(model: Path) -> None:
@@ -143,7 +91,7 @@ def check_other_number_of_ranks(recipe: Recipe, folder: Path) -> None:
     with pytest.raises(ValueError, match=r"2 process.es. share it; resume with --nproc 2, not 1"):
         run.train(recipe, resume=copies[0])
     run.train(recipe, resume=copies[1])
-    assert distance(folder, copies[1]) < 1e-6
+    assert shortrun.distance(folder, copies[1]) < 1e-6
 
 
 @pytest.mark.slow

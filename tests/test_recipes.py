@@ -15,7 +15,8 @@ from unmask.recipes import crosschecks, loading, reading
 from unmask.recipes.loading import dump_recipe, load_methods, load_recipe, parse_recipe
 from unmask.recipes.reading import apply_override, merge, parse_yaml, shipped_recipes
 from unmask.recipes.registry import SLOTS, RecipeError, coerce
-from unmask.recipes.schema import ObjectiveSection, Recipe, SamplerSection, SftRecipe
+from unmask.recipes.schema import ObjectiveSection, Recipe, SftRecipe
+from unmask.recipes.sections import SamplerSection
 
 BASE = """
 name: base

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import shortrun
 
 from unmask.rl import run
 from unmask.rl.trainer import UnmaskTrainer
 
-sys.path.append(str(Path(__file__).parent))
-import shortrun
+pytestmark = pytest.mark.usefixtures("place")
+
 
 BASE = ["objective.inner_steps=3", "optim.steps=7", "run.save_every=1", "evaluation.every=3"]
 KINDS = {
@@ -24,10 +24,17 @@ KINDS = {
     "all weights": ["model.lora=null", "optim.lr=1e-3", "optim.weight_decay=0.1"],
     "reference and recomputed old": ["objective.beta=0.05", "objective.old=recompute", "optim.schedule=linear"],
     "choices of positions, drawn steps": [
-        "rollout.sampler.selection=sampled_confidence",
+        "rollout.sampler.score=sampled_confidence",
         "objective.unit=step",
         "objective.estimator={name: trace, steps: uniform_k, k: 2}",
     ],
+    "tokens taken back": [
+        "rollout.sampler.remasking={name: doubt, level: 0.9}",
+        "rollout.sampler.editing={name: token_to_token, level: 0.5, post_steps: 2}",
+        "rollout.sampler.score=sampled_confidence",
+        "objective.unit=step",
+    ],
+    "changing lengths": ["rollout.sampler.length={name: insertion, start: 4, by: 3, low: 0.9}"],
     "ratio of a rollout, frozen copy": [
         "model.lora=null",
         "optim.lr=1e-3",
@@ -40,16 +47,6 @@ KINDS = {
 
 class PowerCut(RuntimeError):
     """Stands for whatever ends a process."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shortrun.save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

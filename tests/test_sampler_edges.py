@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from unmask.policies.layout import Family
-from unmask.rollouts.sampler import LogitError, Sampler, build_sampler, denoise
+from unmask.rollouts.engine import LogitError, denoise
+from unmask.rollouts.measures import Statistics
+from unmask.rollouts.sampler import Sampler, build_sampler
 from unmask.rollouts.schedules import Quota
 from unmask.rollouts.trajectory import GIVEN, SAMPLED, Trajectory
 
 V, L = 6, 6
 MASK, EOS = V - 1, V - 2
-SELECTIONS = ["top", {"name": "threshold", "level": 0.5}, "sampled_confidence"]
+KINDS = [("confidence", "top"), ("confidence", {"name": "threshold", "level": 0.5}), ("sampled_confidence", "top")]
 
 
 @dataclass
@@ -47,9 +49,12 @@ def run(denoiser: Fixed, sampler: Sampler, rows: int = 3, given: dict[int, int] 
     return denoise(denoiser, sampler, prompt_BQ, torch.ones_like(prompt_BQ, dtype=torch.bool), canvas_BL, ids, seed=0)
 
 
-def sampler_of(selection: object = "top", *, steps: int = 6, temperature: float = 1.0, **section: object) -> Sampler:
+def sampler_of(
+    score: str = "confidence", selection: object = "top", *, steps: int = 6, temperature: float = 1.0, **section: object
+) -> Sampler:
     schedule = {"name": "uniform", "steps": steps}
-    return build_sampler({"schedule": schedule, "selection": selection, **section}, temperature=temperature)
+    parts = {"schedule": schedule, "score": score, "selection": selection}
+    return build_sampler({**parts, **section}, temperature=temperature)
 
 
 def mask_wins() -> Tensor:
@@ -65,11 +70,13 @@ def one_token() -> Tensor:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("selection", SELECTIONS, ids=str)
+@pytest.mark.parametrize(("score", "selection"), KINDS, ids=str)
 @pytest.mark.parametrize("logits", [mask_wins, one_token, lambda: torch.zeros(L, V)], ids=["mask", "one", "equal"])
-def test_adversarial_logits_terminate(logits: Callable[[], Tensor], selection: object, temperature: float) -> None:
+def test_adversarial_logits_terminate(
+    logits: Callable[[], Tensor], score: str, selection: object, temperature: float
+) -> None:
     """argmax = mask everywhere; all but one token at -inf; no position or token better than another."""
-    trajectory = run(Fixed(logits()), sampler_of(selection, temperature=temperature, eos={"rule": "none"}))
+    trajectory = run(Fixed(logits()), sampler_of(score, selection, temperature=temperature, eos={"rule": "none"}))
     trajectory.validate()
     assert (trajectory.source_BL == SAMPLED).all()
     assert (trajectory.tokens_BL != MASK).all()
@@ -79,7 +86,7 @@ def test_adversarial_logits_terminate(logits: Callable[[], Tensor], selection: o
     elif temperature:
         torch.testing.assert_close(trajectory.logprob_BL, torch.full((3, L), -math.log(V - 1)))
     # All scores tie, so that positions are decided in their order.
-    if selection == "top" or logits is one_token:
+    if (score, selection) == ("confidence", "top") or logits is one_token:
         assert (trajectory.born_BL.diff(dim=1) >= 0).all()
 
 
@@ -112,8 +119,8 @@ def everything(score_BL: Tensor, quota: Quota) -> Tensor:
     return torch.ones_like(quota.window_BL)
 
 
-def hopeless(logp_KV: Tensor, position_K: Tensor, noise_K: Tensor) -> Tensor:
-    return torch.full_like(logp_KV[:, 0], -torch.inf)
+def hopeless(statistics: Statistics, position: Tensor, noise: Tensor) -> Tensor:
+    return torch.full_like(statistics.confidence, -torch.inf)
 
 
 @pytest.mark.parametrize(
@@ -142,19 +149,19 @@ def test_the_engine_bounds_what_a_users_part_may_do(parts: dict) -> None:
 
 
 def test_a_canvas_without_masks_takes_no_step() -> None:
-    for selection in ("top", "sampled_confidence"):
+    for score in ("confidence", "sampled_confidence"):
         denoiser = Fixed(torch.zeros(L, V))
-        trajectory = run(denoiser, sampler_of(selection), given=dict.fromkeys(range(L), 1))
+        trajectory = run(denoiser, sampler_of(score), given=dict.fromkeys(range(L), 1))
         assert denoiser.calls == 0
         assert trajectory.steps_B.tolist() == [0, 0, 0]
         # and it joins others that took steps
-        joined = Trajectory.cat([trajectory, run(Fixed(torch.zeros(L, V)), sampler_of(selection))])
+        joined = Trajectory.cat([trajectory, run(Fixed(torch.zeros(L, V)), sampler_of(score))])
         assert len(joined) == 6
-        assert (joined.choice_logprob_BS is not None) == (selection == "sampled_confidence")
+        assert (joined.choice_logprob_BS is not None) == (score == "sampled_confidence")
 
 
 def test_a_given_eos_ends_a_row_once_all_before_it_is_decided() -> None:
-    sampler = sampler_of(score="left_to_right")
+    sampler = sampler_of("left_to_right")
     logits_LV = torch.zeros(L, V)
     logits_LV[:, EOS] = -torch.inf
     trajectory = run(Fixed(logits_LV), sampler, given={2: EOS})
@@ -236,9 +243,7 @@ def test_choices_equal_brute_force(temperature: float, score_temperature: float,
 
 def test_the_naive_variant_records_the_same_tokens_and_no_choice() -> None:
     logits_LV = torch.randn(5, V, generator=torch.Generator().manual_seed(5))
-    exact, naive = (
-        run(Fixed(logits_LV), sampler_of({"name": "sampled_confidence", "exact": e}, steps=2)) for e in (True, False)
-    )
+    exact, naive = (run(Fixed(logits_LV), sampler_of("sampled_confidence", steps=2, exact=e)) for e in (True, False))
     assert naive.choice_logprob_BS is None
     assert exact.choice_logprob_BS is not None
     assert torch.equal(exact.tokens_BL, naive.tokens_BL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from unmask.recipes.registry import SLOTS, RecipeError
 from unmask.rollouts.categorical import log_odds, log_probs
+from unmask.rollouts.choices import tail_logprob
+from unmask.rollouts.measures import Request, Statistics, measure, token_odds
 from unmask.rollouts.sampler import build_sampler
 from unmask.rollouts.schedules import Quota
-from unmask.rollouts.selection import rank, tail_logprob
+from unmask.rollouts.selection import rank
+from unmask.rollouts.state import State
 
 MASK = -1
 
@@ -24,7 +28,8 @@ def commits(schedule: dict, canvas_L: list[int]) -> list[list[int]]:
     canvas_BL = torch.tensor([canvas_L])
     open_B, steps = (canvas_BL == MASK).sum(1), []
     while (canvas_BL == MASK).any():
-        quota = sampler.quota(canvas_BL, torch.tensor([len(steps)]), open_B, MASK)
+        state = replace(State.of(canvas_BL, MASK), step_A=torch.tensor([len(steps)]), open_A=open_B)
+        quota = sampler.quota(state)
         window = quota.window_BL[0].nonzero().squeeze(1)
         steps.append(window[: int(quota.count_B[0])].tolist())
         canvas_BL[0, steps[-1]] = 0
@@ -165,7 +170,8 @@ def test_samplers_refuse(section: dict, temperature: float, message: str) -> Non
 def scored(name: str, logits_KV: Tensor, noise_K: Tensor | None = None, banned: tuple[int, ...] = ()) -> Tensor:
     position_K = torch.arange(len(logits_KV)) * 3
     noise_K = torch.full((len(logits_KV),), 0.5, dtype=torch.float64) if noise_K is None else noise_K
-    return SLOTS["score"].get(name)(log_probs(logits_KV, banned=banned), position_K, noise_K)
+    request = Request(1.0, 1.0, banned, needs=frozenset(("second", "entropy")))
+    return SLOTS["score"].get(name)(measure(logits_KV.clone(), noise_K, request), position_K, noise_K)
 
 
 @pytest.mark.parametrize("scale", [0.3, 2.0, 10.0])
@@ -235,8 +241,8 @@ def test_rank_breaks_ties_by_index() -> None:
     assert rank(score_BL).tolist() == [[2, 0, 3, 1], [2, 0, 3, 1]]
 
 
-@pytest.mark.parametrize("name", ["top", "sampled_confidence"])
-def test_top(name: str) -> None:
+def test_top() -> None:
+    name = "top"
     score = [-3.0, -1.0, -2.0, -0.5]
     assert chosen(name, score, 1) == [3]
     assert chosen(name, score, 2) == [1, 3]
@@ -263,14 +269,42 @@ def test_threshold_refuses_levels_that_are_no_probability(level: float) -> None:
         chosen({"name": "threshold", "level": level}, [-1.0, -2.0], 1)
 
 
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ({"name": "confident", "level": 0.0}, r"selection.level: 0.0 must lie in \(0, 1\]"),
+        ({"name": "factor", "f": 0.0}, r"selection.f: 0.0 must be above 0"),
+        ({"name": "frechet", "f": -1}, r"selection.f: -1.0 must be above 0"),
+        ({"name": "entropy_budget", "nats": -0.1}, r"selection.nats: -0.1 must be at least 0"),
+        ({"name": "plackett_luce", "temperature": 0}, r"selection.temperature: 0.0 must be above 0"),
+        ({"name": "plackett_luce", "of": "odds"}, r"'odds' is not allowed"),
+        ({"name": "local_leap", "relaxed": 0.95}, r"selection.relaxed: 0.95 must lie in \(0, level\], here 0.9"),
+        ({"name": "local_leap", "radius": 0}, r"selection.radius: 0 must be at least 1"),
+        ({"name": "hierarchical", "low": 0.0}, r"selection.low: 0.0 must lie in \(0, level\]"),
+        ({"name": "stable", "steps": 0}, r"selection.steps: 0 must be at least 1"),
+        ({"name": "slow_fast", "reach": 1.1}, r"selection.reach: 1.1 must lie in \(0, 1\]"),
+        ({"name": "slow_fast", "explore": 0}, r"selection.explore: 0 must be at least 1"),
+        ({"name": "slow_fast", "spread": 0}, r"selection.spread: 0.0 must be above 0"),
+        ({"name": "explore", "probes": 0}, r"selection.probes: 0 must be at least 1"),
+    ],
+)
+def test_selections_refuse(selection: dict, message: str) -> None:
+    window_BL = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(RecipeError, match=message):
+        sampler = build_sampler({"schedule": {"name": "whole"}, "selection": selection})
+        state = State.of(torch.full((1, 3), MASK), MASK)
+        state.statistics = Statistics.blank(1, 3)
+        sampler.choose(state, torch.zeros(1, 3), Quota(window_BL, torch.ones(1).long()))
+
+
 @pytest.mark.parametrize(("temperature", "score_temperature"), [(1.0, 1.0), (0.7, 1.3), (1.5, 0.5)])
 def test_tail_is_the_mass_of_the_tokens_below_the_bar(temperature: float, score_temperature: float) -> None:
-    """log q({v: c(v) < bar}) summed token by token; a token exactly at the bar is below it only where ties lose."""
+    """log q({v: log p(v) < bar}) summed token by token; a token exactly at the bar is below it only where ties lose."""
     banned = (2,)
     logits_KV = 2 * torch.randn(40, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    odds_KV = log_odds(log_probs(logits_KV, temperature=score_temperature, banned=banned))
-    bar_K = odds_KV[torch.arange(40), torch.arange(40) % 8]
-    bar_K[bar_K.isinf()] = 0.3
+    odds_KV = token_odds(logits_KV, temperature=score_temperature, banned=banned)
+    bar_K = torch.nn.functional.logsigmoid(odds_KV)[torch.arange(40), torch.arange(40) % 8]
+    bar_K[bar_K.isinf()] = -0.5
     tie_K = torch.arange(40) % 3 == 0
     found_K = tail_logprob(
         logits_KV, bar_K, tie_K, temperature=temperature, score_temperature=score_temperature, banned=banned
@@ -279,16 +313,16 @@ def test_tail_is_the_mass_of_the_tokens_below_the_bar(temperature: float, score_
         allowed = [v for v in range(8) if v not in banned]
         q = dict(zip(allowed, (logits_KV[k, allowed] / temperature).softmax(0).tolist(), strict=True))
         p = dict(zip(allowed, (logits_KV[k, allowed] / score_temperature).softmax(0).tolist(), strict=True))
-        odds = {v: math.log(p[v] / (1 - p[v])) for v in allowed}
-        equal = {v for v in allowed if abs(odds[v] - bar_K[k].item()) < 1e-9}
-        mass = sum(q[v] for v in allowed if (odds[v] < bar_K[k] and v not in equal) or (tie_K[k] and v in equal))
+        score = {v: math.log(p[v]) for v in allowed}
+        equal = {v for v in allowed if abs(score[v] - bar_K[k].item()) < 1e-9}
+        mass = sum(q[v] for v in allowed if (score[v] < bar_K[k] and v not in equal) or (tie_K[k] and v in equal))
         assert math.exp(found_K[k].item()) == pytest.approx(mass, abs=1e-12)
 
 
 def test_the_gradient_of_the_tail_is_that_of_its_mass() -> None:
     """The set below the bar is held fixed: d log sum_S q / dlogit = (q [S] / sum_S q - q) / T."""
     logits_KV = torch.tensor([[1.0, 0.0, -1.0, 0.5]], dtype=torch.float64, requires_grad=True)
-    bar_K = torch.tensor([0.0], dtype=torch.float64)
+    bar_K = torch.tensor([math.log(0.5)], dtype=torch.float64)
     tail_logprob(logits_KV, bar_K, torch.tensor([False]), temperature=0.8, score_temperature=1.0).sum().backward()
     odds_V = log_odds(log_probs(logits_KV.detach()))[0]
     q_V = (logits_KV.detach()[0] / 0.8).softmax(0)

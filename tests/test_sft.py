@@ -13,12 +13,15 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from unmask.policies.denoiser import Denoiser
+from unmask.policies.layout import Family
 from unmask.policies.loading import new_denoiser
 from unmask.policies.tokenizers import byte_tokenizer
 from unmask.rl import sft
 from unmask.rl.sft import SftBatches, SftTrainer, Source, corrupt, only_item
+from unmask.rollouts.noise import generator
 
 MASK, EOS = 257, 256
+FAMILY = Family("llada", 261, MASK, (EOS,))
 SIZE = {"hidden_size": 32, "layers": 2, "heads": 2, "mlp": 64}
 
 
@@ -62,6 +65,39 @@ def test_levels_are_stratified_over_the_batch() -> None:
     expected = 2000 / 5
     statistic = sum((counts.count(k) - expected) ** 2 / expected for k in range(1, 6))
     assert statistic < 4 + 5 * math.sqrt(8)
+
+
+def late_chances(length: int, count: int, half_life: float) -> dict[tuple[int, ...], float]:
+    """Return the probability of every hidden set: drawn one after another with the odds of the docstring."""
+    odds = [2.0 ** ((1 - count / length) * i / (half_life * length)) for i in range(length)]
+    chances = dict.fromkeys(itertools.combinations(range(length), count), 0.0)
+    for order in itertools.permutations(range(length), count):
+        chance, left = 1.0, sum(odds)
+        for i in order:
+            chance, left = chance * odds[i] / left, left - odds[i]
+        chances[tuple(sorted(order))] += chance
+    return chances
+
+
+@pytest.mark.parametrize("half_life", [0.1, 0.5])
+def test_late_hides_late_tokens_with_the_odds_it_says(half_life: float) -> None:
+    """All 31 hidden sets of 5 tokens against their enumerated probabilities, by a chi-square."""
+    length, rows = 5, 50_000
+    canvas_BL = torch.zeros(rows, length, dtype=torch.long)
+    masked_BL, weight_BL = corrupt(canvas_BL, rng=generator(0, "late", 0), mask="late", half_life=half_life)
+    count_B = masked_BL.sum(1)
+    assert torch.equal(count_B.bincount(minlength=6)[1:], torch.full((5,), rows // 5)), "counts are stratified"
+    torch.testing.assert_close(weight_BL, torch.where(masked_BL, length / count_B[:, None], 0.0))
+    code_B = (masked_BL.long() << torch.arange(length)).sum(1)
+    found = code_B.bincount(minlength=1 << length)
+    statistic, free = 0.0, 0
+    for count in range(1, length):
+        for chosen, chance in late_chances(length, count, half_life).items():
+            expected = chance * rows / 5
+            statistic += (found[sum(1 << i for i in chosen)].item() - expected) ** 2 / expected
+        free += math.comb(length, count) - 1
+    # A chi-square has mean `free` and variance 2 x free.
+    assert abs(statistic - free) < 4 * math.sqrt(2 * free)
 
 
 @pytest.mark.parametrize("mask", ["exact", "bernoulli"])
@@ -110,7 +146,7 @@ class Rows:
 
 def batches(**changes: Any) -> SftBatches:
     sources = [Source("a", Rows("a"), 3.0, 10), Source("b", Rows("b"), 1.0, 8)]
-    settings = {"mask_token_id": MASK, "batch": 4, "steps": 30, "seed": 0, **changes}
+    settings = {"family": FAMILY, "batch": 4, "steps": 30, "seed": 0, **changes}
     return SftBatches(settings.pop("sources", sources), byte_tokenizer(), **settings)
 
 

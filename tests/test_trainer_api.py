@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import shortrun
 import torch
+import toyrewards
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -17,19 +18,10 @@ from unmask.policies.tokenizers import byte_tokenizer
 from unmask.recipes.registry import SLOTS
 from unmask.rl.advantages import leave_one_out
 from unmask.rl.checkpoints import CheckpointReadError
+from unmask.rl.defaults import CJ_GRPO
 from unmask.rl.losses import NonFiniteError
-from unmask.rl.trainer import CJ_GRPO
-
-sys.path.append(str(Path(__file__).parent))
-import shortrun
-import toyrewards
 
 ROWS = [{"prompt": f"{a} + {b}", "answer": str(a + b)} for a in range(4) for b in range(3)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shortrun.save_model(tmp_path_factory.mktemp("model"))
 
 
 def config(folder: Path, **values: Any) -> UnmaskConfig:

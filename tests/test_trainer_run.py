@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
+import shutil
 import warnings
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import shortrun
 import torch
 
 from unmask.policies.loading import load_denoiser
@@ -18,21 +19,10 @@ from unmask.recipes.schema import Recipe
 from unmask.rl import run
 from unmask.rl.checkpoints import MARKER
 
-sys.path.append(str(Path(__file__).parent))
-import shortrun
+pytestmark = pytest.mark.usefixtures("place")
+
 
 COLUMNS = {"step", "rollout_id", "group", "prompt", "completion", "tokens", "source", "born", "logprob", "nfe"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shortrun.save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def train(model: Path, *overrides: str) -> tuple[dict, Path]:
@@ -116,12 +106,14 @@ def check_rollouts(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("unit", ["token", "step", "rollout"])
-@pytest.mark.parametrize("selection", ["top", "{name: threshold, level: 0.05}", "sampled_confidence"])
-def test_the_first_inner_step_has_ratio_one(model: Path, selection: str, unit: str) -> None:
+@pytest.mark.parametrize(
+    "choice", ["selection=top", "selection={name: threshold, level: 0.05}", "score=sampled_confidence"]
+)
+def test_the_first_inner_step_has_ratio_one(model: Path, choice: str, unit: str) -> None:
     # Chunks and micro-batches that share no shape, temperatures that differ: only canvas and tokens are the same.
     _, folder = train(
         model,
-        f"rollout.sampler.selection={selection}",
+        f"rollout.sampler.{choice}",
         f"objective.unit={unit}",
         "rollout.temperature=0.8",
         "rollout.sampler.score_temperature=1.3",
@@ -190,7 +182,7 @@ def test_another_seed_is_another_run(model: Path) -> None:
 
 def test_keep_bounds_the_checkpoints_on_disk(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    remove = run.shutil.rmtree
+    remove = shutil.rmtree
 
     def watched(path: object, *args: object, **kwargs: object) -> None:
         seen.append(shortrun.checkpoints(Path("runs/short")))
