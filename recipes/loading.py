@@ -23,7 +23,7 @@ from .schema import Recipe, RewardEntry, SftEvaluationSection, SftRecipe
 from .sections import InSlot
 
 PART_MODULES = {
-    "task": "recipes.tasks",
+    "task": "recipes.problems",
     "canvas": "rollouts.canvases",
     "schedule": "rollouts.sampler",
     "score": "rollouts.sampler",

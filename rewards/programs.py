@@ -198,14 +198,14 @@ def code(
         columns = (tests, entry_point or blank, setup or blank, prefix or blank)
         for completion, test, name, before, start in zip(completions, *columns, strict=True):
             program = extract_program(text_of(completion), extract)
-            cause = None
-            if test is None:
+            plan, cause = None if test is None else plan_of(test, before, name), None
+            if plan is None:
                 verdict = Verdict()
             elif program is None:
                 verdict = Verdict(0.0, "unparsable")
             else:
                 whole = f"{start}{program}" if start and name and not defines(program, name) else program
-                verdict, cause = judge_program(whole, plan_of(test, before, name), run, score)
+                verdict, cause = judge_program(whole, plan, run, score)
             verdicts.append(verdict)
             causes.append(cause)
             if log_metric is not None and verdict.outcome is not None:

@@ -57,14 +57,23 @@ def summary(recipe: Recipe | SftRecipe, target: str, nproc: int | None = None) -
     command = "sft" if isinstance(recipe, SftRecipe) else "train"
     launch = f"unmask {command} {target}" + (f" --nproc {nproc}" if nproc > 1 else "")
     facts["next"] = launch if missing is None else f"put the data at {missing}, then {launch}"
+    if missing is not None and not Path(missing).suffix:
+        facts["data"] = f"not checked: {missing} is on the hub"
+        facts["next"] = f"unmask data check {target}, then {launch}"
     return facts
 
 
 def _missing_file(recipe: Recipe | SftRecipe) -> str | None:
-    """Return the first dataset file that does not exist: a recipe can be checked before its data are there."""
+    """Return the first dataset that is not on this machine: a recipe can be checked before its data are there."""
     choices = [recipe.task] if isinstance(recipe, Recipe) else [entry.task for entry in recipe.tasks]
-    paths = [choice.get(key) for choice in choices if choice["name"] == "jsonl" for key in ("path", "heldout_path")]
-    return next((path for path in paths if path is not None and not Path(path).expanduser().is_file()), None)
+    for choice in choices:
+        if "revision" not in choice and choice["name"] not in ("jsonl", "parquet"):
+            continue
+        paths = [choice.get("path"), choice.get("heldout_path") or choice.get("path")]
+        for path in paths:
+            if path is None or not Path(path).expanduser().exists():
+                return path or f"the hub's {choice['name']}"
+    return None
 
 
 def _rl_facts(recipe: Recipe, nproc: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ MAY_IMPORT = {
 }
 # A rollout batch carries the reward table, so its type, and nothing of it at run time, is known to `rollouts`.
 MAY_IMPORT_TYPES = {"rollouts": ("rewards.scoring",)}
-LIGHT = ("unmask", "unmask.recipes.tasks", "unmask.recipes.schema", "unmask.recipes.loading", "unmask.rl.cli")
+LIGHT = ("unmask", "unmask.recipes.problems", "unmask.recipes.schema", "unmask.recipes.loading", "unmask.rl.cli")
 HEAVY = ("torch", "transformers", "datasets")
 
 
