@@ -78,6 +78,8 @@ class Pool:
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_write.setblocking(False)
         self._failed_starts = 0
+        # Modules that the nursery has imported, or could not (and why); a dead nursery has none.
+        self._loaded: dict[str, str | None] = {}
         self._closing = False
         self._crew.selector.register(self._wake_read, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name="unmask-pool", daemon=True)
@@ -155,13 +157,17 @@ class Pool:
                 idle = next((w for w in self._crew.workers.values() if w.task is None), None)
                 if idle is None and len(self._crew.workers) >= self.size:
                     return
-                task = self._tasks.popleft()
+                task = self._tasks[0]
+                if not self._loaded.keys() >= set(task.job.preload):
+                    if any(w.task is not None for w in self._crew.workers.values()):
+                        return  # importing would keep the nursery from killing whoever hangs
+                    idle = None
+                self._tasks.popleft()
             if not task.future.running() and not task.future.set_running_or_notify_cancel():
                 continue
             try:
-                self._give(idle or self._crew.start(task.job.name, task.job.preload), task)
-            except RewardError as error:
-                task.future.set_exception(error)
+                if self._ready(task):
+                    self._give(idle or self._crew.start(), task)
             except OSError as error:  # the nursery has died, or the machine is out of processes: begin anew
                 self._stop_nursery()
                 self._failed_starts += 1
@@ -170,6 +176,17 @@ class Pool:
                     continue
                 with self._lock:
                     self._tasks.appendleft(task)
+
+    def _ready(self, task: _Task) -> bool:
+        """Import what a job's workers shall be forked with; tell whether that is possible."""
+        missing = [name for name in task.job.preload if name not in self._loaded]
+        if missing:
+            self._loaded |= dict.fromkeys(missing, self._crew.preload(missing))
+        reason = next((self._loaded[name] for name in task.job.preload if self._loaded[name] is not None), None)
+        if reason is not None:
+            message = f"a library it needs cannot be imported ({reason})."
+            task.future.set_exception(RewardError(_named(task.job.name, message)))
+        return reason is None
 
     def _give(self, worker: Worker, task: _Task) -> None:
         """Send a worker its next message: how to build the reward when it is new to it, else the row."""
@@ -243,6 +260,7 @@ class Pool:
     def _stop_nursery(self) -> None:
         """End the nursery and forget every worker; their jobs fail as if they had crashed."""
         self._crew.close()
+        self._loaded = {}
         for worker in list(self._crew.workers.values()):
             self._failed(worker, "error", None)
 

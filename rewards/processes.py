@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .frames import announced, split
-from .verdicts import RewardError
 
 # What the nursery's interpreter is given to run; its arguments are this process's sys.path and the number of a socket.
 BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from unmask.rewards.nursery import serve; serve()"
@@ -34,7 +33,6 @@ class Nursery:
     def __init__(self, memory: int) -> None:
         self.memory = memory
         self._numbers = itertools.count()
-        self._loaded: set[str] = set()
         self._control, theirs = socket.socketpair()
         with theirs:
             # -P: the current folder, which may not be on our path, is not put on its path either.
@@ -49,9 +47,7 @@ class Nursery:
 
     def preload(self, modules: Sequence[str]) -> str | None:
         """Import modules that every later worker shall have; return why one cannot be imported."""
-        missing = [name for name in modules if name not in self._loaded]
-        self._loaded.update(missing)
-        return self._ask({"preload": missing})["missing"] if missing else None
+        return self._ask({"preload": list(modules)})["missing"]
 
     def fork(self) -> tuple[int, socket.socket]:
         """Start a worker and return its number and our end of its socket."""
@@ -127,17 +123,24 @@ class Crew:
         self.replaced = 0  # workers killed so far
         self._nursery: Nursery | None = None
 
-    def start(self, name: str, preload: Sequence[str]) -> Worker:
-        """Fork a worker from the nursery, which is started when there is none; NurseryError, RewardError."""
-        if self._nursery is None:
-            self._nursery = Nursery(self.memory)
-        reason = self._nursery.preload(preload)
-        if reason is not None:
-            raise RewardError(f"reward '{name}': a library it needs cannot be imported ({reason}).")
-        number, connection = self._nursery.fork()
+    def preload(self, modules: Sequence[str]) -> str | None:
+        """Import modules in the nursery, which hears nothing else meanwhile, and retire the workers without them."""
+        reason = self._home().preload(modules)
+        for worker in list(self.workers.values()):
+            self.kill(worker)
+        return reason
+
+    def start(self) -> Worker:
+        """Fork a worker from the nursery, which is started when there is none; NurseryError."""
+        number, connection = self._home().fork()
         worker = self.workers[number] = Worker(number, connection)
         self.selector.register(connection, selectors.EVENT_READ, worker)
         return worker
+
+    def _home(self) -> Nursery:
+        if self._nursery is None:
+            self._nursery = Nursery(self.memory)
+        return self._nursery
 
     def kill(self, worker: Worker) -> int | None:
         """Kill and reap a worker and forget it; return its exit code if the nursery still knows it."""

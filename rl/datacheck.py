@@ -157,9 +157,8 @@ def _measure(report: DataReport, splits: dict[str, list[Row]], tokenizer: Any, c
     prompts = [len(prompt_ids(tokenizer, row["prompt"])) for row in rows]
     report.prompt_tokens = _spread(prompts)
     report.truncated = {f"prompts longer than {limit} (refused)": _share(prompts, limit)}
-    # Which id ends a reply does not change its length.
-    texts = [row["reference"] for row in rows if isinstance(row.get("reference"), str)]
-    references = [len(completion_ids(tokenizer, text, end_id=0)) for text in texts]
+    worked = [row["reference"] for row in rows if isinstance(row.get("reference"), str)]
+    references = [len(completion_ids(tokenizer, text, end_id=0)) for text in worked]  # whichever id ends it
     if references:
         report.reference_tokens = _spread(references)
         report.truncated[f"references longer than the canvas of {canvas}"] = _share(references, canvas)

@@ -88,9 +88,7 @@ class UnmaskTrainer(Trainer):
         self.rewards = _rewards(reward_funcs, args.reward_weights, scoring.allow_code_execution)
         self.rows = _as_rows(train_dataset, args.seed, "train_dataset")
         check_columns(self.rewards, self.rows.row(0))
-        self.eval_rows: list[Row] | None = None
-        if eval_dataset is not None:
-            self.eval_rows = heldout_rows(_as_rows(eval_dataset, args.seed, "eval_dataset"), args.eval_problems)
+        self.eval_rows = None if eval_dataset is None else _heldout(eval_dataset, args)
         args.max_steps = _steps(args, self.rows)
         _check_group(args.num_generations, advantage)
         sampler = sampler or default_sampler(args)
@@ -240,7 +238,7 @@ class UnmaskTrainer(Trainer):
         """Return and log the held-out exact rate, its standard error, reward, NFE and tokens a second."""
         rows = self.eval_rows
         if eval_dataset is not None:
-            rows = heldout_rows(_as_rows(eval_dataset, self.args.seed, "eval_dataset"), self.args.eval_problems)
+            rows = _heldout(eval_dataset, self.args)
         with whole(self.denoiser):
             result = evaluate(self.eval_worker, rows or [])
         logged, metrics = result.metrics(metric_key_prefix)
@@ -304,6 +302,10 @@ def _as_rows(dataset: Any, seed: int, name: str) -> Rows:
     if "prompt" not in rows[0]:
         raise RecipeError(f"{name}: rows need a column 'prompt'; there are {', '.join(sorted(rows[0]))}; rename one.")
     return Stored(rows, "train" if name == "train_dataset" else "heldout", seed)
+
+
+def _heldout(dataset: Any, args: UnmaskConfig) -> list[Row]:
+    return heldout_rows(_as_rows(dataset, args.seed, "eval_dataset"), args.eval_problems)
 
 
 def _steps(args: UnmaskConfig, rows: Rows) -> int:
