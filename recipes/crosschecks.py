@@ -203,13 +203,20 @@ def _probe(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) ->
 
 
 def step_limit(sampler: SamplerSection, canvas: int) -> int:
-    """Return the most denoiser calls of one rollout: the schedule is run on a blank canvas, left to right."""
+    """Return the most denoiser calls of one rollout: the schedule is run on a blank canvas, left to right.
+
+    Where a step can undo what others did, look again, or lengthen the canvas, it is the sampler's cap.
+    """
     import torch
 
     from ..rollouts.sampler import build_sampler
     from ..rollouts.state import State
+    from ..rollouts.traits import traits_of
 
     built = build_sampler(sampler.model_dump())
+    reopens = built.remasking is not None and not traits_of(built.remasking).drops
+    if reopens or built.editing is not None or built.length is not None:
+        return built.steps_allowed(canvas)
     canvas_BL, steps = torch.full((1, canvas), -1), 0
     while bool((canvas_BL < 0).any()):
         state = State.of(canvas_BL, -1, step=steps)

@@ -110,7 +110,6 @@ class UnmaskTrainer(Trainer):
         eval_temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
         self.eval_worker = replace(self.worker, sampler=replace(eval_sampler or sampler, temperature=eval_temperature))
         self.folder = Path(str(args.output_dir))
-        self.records = Records(self.folder)
         # The plan in flight; the checkpoint that `train` resumes from; whether it has been read.
         self.plan: Plan | None = None
         self.checkpoint: Path | None = None
@@ -122,11 +121,11 @@ class UnmaskTrainer(Trainer):
             eval_dataset=self.eval_rows,  # type: ignore[arg-type]
             callbacks=[*(callbacks or []), PlanKeeper(self)],
         )
-        self.model_accepts_loss_kwargs = False
         self._finish_setup(args)
 
     def _finish_setup(self, args: UnmaskConfig) -> None:
         """Do what needs the process group and the device, which Trainer's constructor has set up."""
+        self.model_accepts_loss_kwargs, self.records = False, Records(self.folder)
         _check_shares(args)
         if args.sharding == "fsdp":
             require_shardable(self.denoiser, self.optim.get("name", "adamw"))

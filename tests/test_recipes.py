@@ -286,6 +286,15 @@ def test_step_limit_counts_denoiser_calls(schedule: dict[str, Any], canvas: int,
     assert crosschecks.step_limit(sampler(**schedule), canvas) == steps
 
 
+def test_step_limit_of_detours_is_the_cap() -> None:
+    """Tokens that come and go take more steps than planned; a rule that keeps to the schedule's count does not."""
+    schedule = {"name": "blocks", "size": 16, "per_step": 4}
+    for changes in ({"remasking": {"name": "doubt"}}, {"editing": {"name": "token_to_token"}}):
+        assert crosschecks.step_limit(sampler(**schedule).model_copy(update=changes), 80) == 4 * 80
+    rcr = {"remasking": {"name": "running_confidence"}, "selection": {"name": "all"}}
+    assert crosschecks.step_limit(sampler(**schedule).model_copy(update=rcr), 80) == 20
+
+
 def test_check_world() -> None:
     crosschecks.check_world(base(), 4)
     with pytest.raises(RecipeError, match=r"rollout\.prompts: 4 .* 3 processes; use a multiple of 3, for example 6"):
