@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,6 +116,14 @@ def doubled_mask(block_BT: Tensor) -> Tensor:
     noisy = torch.cat([query == key, query > key], dim=2)
     clean = torch.cat([torch.zeros_like(query == key), query >= key], dim=2)
     return torch.cat([noisy, clean], dim=1)[:, None]
+
+
+def hide_padding(config: Any, padding_mask_BT: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the mask that hides padding: query by key where that is taken, as the stock one is looked at first."""
+    if config.model_type == "modernbert" or config._attn_implementation not in ("sdpa", "eager"):
+        return padding_mask_BT.to(torch.long)
+    rows, columns = padding_mask_BT.shape
+    return attention(padding_mask_BT.bool()[:, None, None].expand(rows, 1, columns, columns))
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .blocks import BlockCache, additive, block_ids, block_mask, doubled_mask, positions
+from .blocks import BlockCache, additive, block_ids, block_mask, doubled_mask, hide_padding, positions
 from .layout import CheckpointError, Family
 from .store import Store
 
@@ -70,7 +70,7 @@ class Denoiser:
             if cache is not None or commit:
                 raise CheckpointError(f"cache: family '{self.family.name}' attends to the whole canvas; none is exact.")
             # Without padding the mask stays None, the only form in which SDPA may use its flash kernel.
-            mask = None if padding_mask_BT is None else padding_mask_BT.to(torch.long)
+            mask = None if padding_mask_BT is None else hide_padding(self.base.config, padding_mask_BT, self._attention)
             return self._aligned(self._trunk(input_ids_BT, mask, position_ids_BT, **kept))
         if commit and cache is None:
             raise CheckpointError("commit: there is no cache to commit to; pass cache=denoiser.new_cache().")

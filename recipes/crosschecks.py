@@ -7,7 +7,8 @@ from typing import Any
 
 from .correcting import check_density, correction_notes
 from .registry import SLOTS, RecipeError
-from .schema import EvaluationSection, ObjectiveSection, Recipe, SamplerSection, SftEvaluationSection, SftRecipe
+from .schema import EvaluationSection, ObjectiveSection, Recipe, SftEvaluationSection, SftRecipe
+from .sections import SamplerSection
 
 GROUP_ADVANTAGES = {"group_mean", "group_std", "leave_one_out"}
 POSITIONAL_SCORES = {"random", "left_to_right"}
@@ -22,6 +23,7 @@ def check_recipe(recipe: Recipe | SftRecipe) -> None:
     _check_model(recipe.model)
     _check_sharding(recipe)
     _check_task(recipe.task, "task")
+    _check_rewards(recipe)
     _check_rollout(recipe)
     _check_objective(recipe)
     _check_estimator(recipe)
@@ -69,7 +71,7 @@ def check_data(recipe: Recipe | SftRecipe) -> dict[str, Any]:
             raise RecipeError(
                 f"{where}: the rows have no column 'reference'; supervised training needs worked solutions."
             )
-        check_columns(build_rewards(rewards), row)
+        check_columns(build_rewards(rewards, allow_code_execution=recipe.allow_code_execution), row)
         # Drawing the last one proves that there are so many; a stored dataset with fewer is evaluated whole.
         held = build("heldout", seed=recipe.run.seed)
         held.row(min(recipe.evaluation.problems, held.size or recipe.evaluation.problems) - 1)
@@ -139,6 +141,12 @@ def _check_task(choice: dict[str, Any], where: str) -> None:
         raise RecipeError(f"{where}.seed: {choice['seed']} has no effect; the data follow run.seed.")
 
 
+def _check_rewards(recipe: Recipe) -> None:
+    from ..rewards.building import build_rewards
+
+    build_rewards([entry.model_dump() for entry in recipe.rewards], allow_code_execution=recipe.allow_code_execution)
+
+
 def _check_rollout(recipe: Recipe) -> None:
     rollout, advantage = recipe.rollout, recipe.objective.advantage["name"]
     if rollout.temperature <= 0:
@@ -151,8 +159,6 @@ def _check_rollout(recipe: Recipe) -> None:
             f"rollout.group: 1 rollout has no group to compare with, but objective.advantage is '{advantage}'; "
             "use 2 or more."
         )
-    if all(entry.weight == 0 for entry in recipe.rewards):
-        raise RecipeError("rewards: every weight is 0, so nothing would be learnt; give one reward another weight.")
     check_sampler(rollout.sampler, rollout.canvas, "rollout.sampler", "rollout.canvas")
     check_density(recipe)
 

@@ -11,7 +11,8 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter
 
 from .loading import import_parts, load_methods, load_samplers
 from .registry import SLOTS
-from .schema import MARK, Recipe, SftRecipe
+from .schema import Recipe, RewardEntry, SftRecipe
+from .sections import MARK
 
 OUTSIDE = {"type": "string", "pattern": "^[A-Za-z_][\\w.]*:[A-Za-z_]\\w*$"}
 
@@ -86,7 +87,7 @@ def _tidy(node: Any) -> Any:
 
 def _choices(slot: str) -> Iterator[dict[str, Any]]:
     """Yield the forms a part may take: its bare name, an object with knobs, knobs alone, and code of the user's own."""
-    weight = {"weight": {"type": "number"}} if slot == "reward" else {}
+    use = _use() if slot == "reward" else {}
     bare = [name for name in SLOTS[slot] if not _required(slot, name)]
     yield {"enum": bare}
     yield OUTSIDE
@@ -96,13 +97,19 @@ def _choices(slot: str) -> Iterator[dict[str, Any]]:
         yield {
             "type": "object",
             "description": (inspect.getdoc(SLOTS[slot].get(name)) or "").partition("\n")[0],
-            "properties": {"name": {"const": name}, **weight, **knobs},
+            "properties": {"name": {"const": name}, **use, **knobs},
             "required": ["name", *_required(slot, name)],
             "additionalProperties": False,
         }
     every = {key: True for name in SLOTS[slot] for key in SLOTS[slot].knobs(name)}
     # Under a method, or over the rollout's sampler, knobs may stand without the name they belong to.
-    yield {"type": "object", "properties": {**weight, **every}, "additionalProperties": False, "minProperties": 1}
+    yield {"type": "object", "properties": {**use, **every}, "additionalProperties": False, "minProperties": 1}
+
+
+def _use() -> dict[str, Any]:
+    """Return what an entry of `rewards` may say besides name and knobs."""
+    properties = RewardEntry.model_json_schema()["properties"]
+    return {key: value for key, value in properties.items() if key != "name"}
 
 
 def _required(slot: str, name: str) -> list[str]:

@@ -19,10 +19,12 @@ from pydantic.fields import FieldInfo
 from .explaining import explain
 from .reading import apply_override, find_recipe, merge, parse_yaml, read_mapping
 from .registry import SLOTS, RecipeError, nearest
-from .schema import InSlot, Recipe, RewardEntry, SftEvaluationSection, SftRecipe
+from .schema import Recipe, RewardEntry, SftEvaluationSection, SftRecipe
+from .sections import InSlot
 
 PART_MODULES = {
-    "task": "recipes.tasks",
+    "task": "recipes.problems",
+    "canvas": "rollouts.canvases",
     "schedule": "rollouts.sampler",
     "score": "rollouts.sampler",
     "selection": "rollouts.sampler",
@@ -228,19 +230,22 @@ def _checked(place: Place) -> Any:
 
 
 def _checked_reward(place: Place) -> RewardEntry:
-    from ..rewards.building import build_rewards
+    from ..rewards.building import USE, build_rewards
 
     entry = place.value.model_dump()
     # The builder names an entry by its index in the list it is given, so the others are padded away.
     try:
-        build_rewards([{**entry, "weight": 1.0}], where=place.where)
+        # Whether code may run is the recipe's to say, and checked there.
+        stand_in = {**entry, "weight": 1.0, "truth": False}
+        build_rewards([stand_in], where=place.where, allow_code_execution=True)
     except RecipeError as error:
         raise RecipeError(str(error).replace(f"{place.where}[0]", place.where)) from error
     if entry["name"] not in SLOTS["reward"]:
         return place.value
-    knobs = {key: value for key, value in entry.items() if key != "weight"}
+    use = {key: value for key, value in entry.items() if key in USE}
+    knobs = {key: value for key, value in entry.items() if key not in USE}
     name, values = SLOTS["reward"].check(knobs, place.where)
-    return RewardEntry(name=name, weight=entry["weight"], **{**defaults("reward", name), **values})
+    return RewardEntry(name=name, **use, **{**defaults("reward", name), **values})
 
 
 def defaults(slot: str, name: str) -> dict[str, Any]:

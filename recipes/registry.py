@@ -164,6 +164,7 @@ SLOTS: dict[str, Slot] = {
         "selection": "(score_BL, quota, *, state, ...) -> chosen_BL",
         "remasking": "(state, chosen_AL, score_AL, *, ...) -> retract_AL",
         "editing": "(state, *, ...) -> edited_AL",
+        "canvas": "(row, frame, *, ...) -> Start(tokens, draft)",
         "transform": "(logits_KV, state, row_K, place_K, *, ...) -> logits_KV",
         "length": "(state, *, start, ...) -> Resize",
         "cache": "(state, layout, *, ...) -> Recompute",

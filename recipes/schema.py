@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-MARK = "unmask-slot"
-
-
-@dataclass(frozen=True)
-class InSlot:
-    """Marks a field, or the items of a list, as parts of the slot called `slot`."""
-
-    slot: str
-
-    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
-        """Leave the slot's name in the JSON schema, where `recipes.editor` puts the parts."""
-        return {MARK: self.slot}
-
-
-def whole(value: Any) -> Any:
-    """Return 1000.0 as 1000 (YAML reads 1e3 as a float); everything else unchanged."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def named(value: Any) -> Any:
-    """Return the part `name` as `{"name": name}`; everything else unchanged."""
-    return {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else value
-
-
-def listed(value: Any) -> Any:
-    """Return one string as a list of it."""
-    return [value] if isinstance(value, str) else value
-
-
-Int = Annotated[int, BeforeValidator(whole)]
-TokenId = Annotated[int, Field(ge=0), BeforeValidator(whole)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
-Part = Annotated[dict[str, Any], BeforeValidator(named)]
-Tracker = Literal["none", "tensorboard", "wandb", "trackio", "mlflow", "swanlab", "comet_ml", "clearml"]
-NO_TRACKER: list[Tracker] = ["none"]
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-class Section(BaseModel):
-    """Base of all sections."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=False)
+from .sections import (
+    NO_TRACKER,
+    Count,
+    InSlot,
+    Int,
+    Part,
+    RunName,
+    SamplerSection,
+    Section,
+    TokenId,
+    Tracker,
+    listed,
+    named,
+)
 
 
 class LoraSection(Section):
@@ -86,48 +56,6 @@ class ModelSection(Section):
     lora: LoraSection | None = Field(None, description="adapter; null trains all weights")
 
 
-class EosSection(Section):
-    """What an end-of-sequence token does to a rollout."""
-
-    rule: Literal["stop", "none"] = Field(
-        "stop", description="stop: a row ends with its first EOS; none: the canvas is filled"
-    )
-    suppress: bool = Field(False, description="EOS is never drawn, so every completion fills its canvas")
-
-
-class SamplerSection(Section):
-    """How a canvas is unmasked."""
-
-    preset: str | None = Field(
-        None, description="row of samplers.yaml that fills what is not written (`unmask samplers`)"
-    )
-    schedule: Annotated[Part, InSlot("schedule")] = Field(description="which positions are open and how many to decide")
-    score: Annotated[Part, InSlot("score")] = Field({"name": "confidence"}, description="how open positions are ranked")
-    selection: Annotated[Part, InSlot("selection")] = Field({"name": "top"}, description="which of them are decided")
-    remasking: Annotated[Part, InSlot("remasking")] | None = Field(None, description="which decided tokens reopen")
-    editing: Annotated[Part, InSlot("editing")] | None = Field(None, description="which decided tokens are replaced")
-    length: Annotated[Part, InSlot("length")] | None = Field(None, description="how the canvas changes its length")
-    transforms: list[Annotated[Part, InSlot("transform")]] = Field(
-        default_factory=list, description="what is done to logits first, in this order"
-    )
-    cache: Annotated[Part, InSlot("cache")] | None = Field(
-        None, description="which keys and values are kept between steps; null: none, every step computes all"
-    )
-    score_temperature: float = Field(1.0, gt=0, description="temperature of the distribution that scores see")
-    top_p: float = Field(1.0, gt=0, le=1, description="smallest mass of likeliest tokens that the draw keeps")
-    top_k: Int = Field(0, ge=0, description="number of likeliest tokens that the draw keeps; 0: all")
-    guidance: float = Field(
-        0.0, ge=0, description="classifier-free guidance: weight of a second call without the prompt"
-    )
-    max_steps: Count | None = Field(None, description="steps after which all is decided; null: four a position")
-    exact: bool = Field(
-        True, description="record the log-prob of positions that drawn tokens decide; false: the naive sum over tokens"
-    )
-    eos: EosSection = Field(
-        default_factory=lambda: EosSection.model_validate({}), description="rules for end-of-sequence tokens"
-    )
-
-
 class RolloutSection(Section):
     """One batch of rollouts."""
 
@@ -137,6 +65,9 @@ class RolloutSection(Section):
     prompt_limit: Int = Field(256, ge=1, description="longest prompt in tokens; longer ones are refused")
     temperature: float = Field(1.0, ge=0, description="temperature of the token draw")
     micro_batch: Int = Field(64, ge=1, description="rows of one rollout forward")
+    start: Annotated[Part, InSlot("canvas")] = Field(
+        {"name": "blank"}, description="what stands on the canvas before the first step"
+    )
     sampler: SamplerSection = Field(description="how the canvas is unmasked")
 
 
@@ -146,6 +77,33 @@ class RewardEntry(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
     name: str = Field(min_length=1, description="reward, or `package.module:function` with TRL's signature")
     weight: float = Field(1.0, description="factor in the total; 0 logs the reward without training on it")
+    truth: bool = Field(False, description="a measure that is logged as truth/NAME and never trained on")
+    isolated: bool | None = Field(None, description="judge rows in killable processes; null: as the reward is marked")
+    limit_s: float | None = Field(None, gt=0, description="isolated: seconds for one completion; null: the reward's")
+
+    @model_validator(mode="after")
+    def _truth(self) -> RewardEntry:
+        if self.truth and "weight" not in self.model_fields_set:
+            self.weight = 0.0
+        return self
+
+
+class LimitsSection(Section):
+    """The largest shares of a reward's last 1024 verdicts; above one of them the run stops with the cause."""
+
+    timeout: float = Field(0.05, ge=0, le=1, description="verdicts that did not come in time, twice")
+    error: float = Field(0.05, ge=0, le=1, description="verdicts that failed, twice")
+    unparsable: float = Field(1.0, ge=0, le=1, description="completions without an answer; 1: never stops")
+
+
+class ScoringSection(Section):
+    """How rewards are computed."""
+
+    workers: Int = Field(0, ge=0, description="processes for isolated rewards; 0: one a core, shared by the ranks")
+    memory_mb: Int = Field(2048, ge=64, description="memory of one of them")
+    limits: LimitsSection = Field(
+        default_factory=lambda: LimitsSection.model_validate({}), description="failures that stop a run"
+    )
 
 
 class CorrectionSection(Section):
@@ -234,6 +192,10 @@ class Recipe(Section):
     rewards: list[Annotated[RewardEntry, InSlot("reward"), BeforeValidator(named)]] = Field(
         min_length=1, description="rewards and their weights"
     )
+    scoring: ScoringSection = Field(
+        default_factory=lambda: ScoringSection.model_validate({}), description="pool and limits of the rewards"
+    )
+    allow_code_execution: bool = Field(False, description="rewards may run model-written code in a sandbox")
     method: str | None = Field(None, description="row of methods.yaml that fills `objective` (unmask methods)")
     objective: ObjectiveSection = Field(description="the objective; wins over the method's row")
     optim: OptimSection = Field(description="optimizer")
@@ -318,6 +280,7 @@ class SftRecipe(Section):
     tasks: list[SftTask] = Field(min_length=1, description="mixture of tasks")
     sft: SftSection = Field(default_factory=lambda: SftSection.model_validate({}), description="loss and batches")
     optim: OptimSection = Field(description="optimizer")
+    allow_code_execution: bool = Field(False, description="rewards may run model-written code in a sandbox")
     evaluation: SftEvaluationSection = Field(
         default_factory=lambda: SftEvaluationSection.model_validate({}), description="held-out evaluation"
     )

@@ -1,4 +1,4 @@
-"""Datasets as rows `{"prompt": ..., "reference": ..., **columns}`: generated problems with worked traces, and JSONL."""
+"""Datasets as rows `{"prompt": ..., "reference": ..., **columns}`, and generated problems with worked traces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from .registry import SLOTS, RecipeError
@@ -58,7 +57,7 @@ class Generated:
         rng = random.Random(f"train/{self._seed}/{index}")
         for _ in range(MAX_TRIES):
             row = self._make(rng)
-            if split_of(row["prompt"]) == "train":
+            if split_of(_text(row)) == "train":
                 return row
         raise RecipeError(f"task: {MAX_TRIES} draws gave no training problem; widen its ranges.")
 
@@ -66,14 +65,18 @@ class Generated:
         for _ in range(MAX_TRIES):
             row = self._make(random.Random(f"heldout/{self._attempt}"))
             self._attempt += 1
-            if split_of(row["prompt"]) == "heldout" and row["prompt"] not in self._seen:
-                self._seen.add(row["prompt"])
+            if split_of(_text(row)) == "heldout" and _text(row) not in self._seen:
+                self._seen.add(_text(row))
                 self._heldout.append(row)
                 return
         raise RecipeError(
             f"task: only {len(self._heldout)} distinct held-out problems exist at these knobs, {wanted + 1} were "
             "asked for; lower evaluation.problems or widen the task's ranges."
         )
+
+
+def _text(row: Row) -> str:
+    return row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
 
 
 class Stored:
@@ -207,6 +210,21 @@ def _countdown_walk(
     return trace, expression, value
 
 
+SUDOKU_CLUES = {4: (6, 12), 9: (36, 60)}
+
+
+def _solved_sudoku(side: int, rng: random.Random) -> str:
+    """Return a completed grid: any 4x4, or a regular 9x9 with digits, bands, and the lines inside bands shuffled."""
+    if side == 4:
+        return rng.choice(_sudoku_grids())
+
+    def shuffled() -> list[int]:
+        return [3 * band + line for band in rng.sample(range(3), 3) for line in rng.sample(range(3), 3)]
+
+    digits, rows, columns = rng.sample("123456789", 9), shuffled(), shuffled()
+    return "".join(digits[(3 * (row % 3) + row // 3 + column) % 9] for row in rows for column in columns)
+
+
 @functools.cache
 def _sudoku_grids() -> list[str]:
     """Return all 288 completed 4x4 grids as 16-digit strings."""
@@ -221,51 +239,26 @@ def _sudoku_grids() -> list[str]:
 
 
 @task.register
-def sudoku(split: Split, *, seed: int = 0, clues: tuple[int, int] = (6, 12)) -> Rows:
-    """4x4 sudoku with `clues` (lowest, highest) given cells; any valid completion is right.
+def sudoku(split: Split, *, seed: int = 0, side: Literal[4, 9] = 4, clues: tuple[int, int] | None = None) -> Rows:
+    """Sudoku of `side` x `side` with `clues` (lowest, highest) given cells; any valid completion is right.
 
-    Prompt `1030 0002 ...` (0 = blank), trace the four completed rows, one a line, answer `#### ` and 16 digits. Where
-    a cell stands is fixed, so in which order cells are best decided is left to the sampler.
+    Prompt `1030 0002 ...` (0 = blank), trace the completed rows, one a line, answer `#### ` and all digits. Where a
+    cell stands is fixed, so in which order cells are best decided is left to the sampler. `clues` are 6 to 12 of 16,
+    or 36 to 60 of 81, where they are not given.
     """
-    if not 0 <= clues[0] <= clues[1] <= 15:
-        raise RecipeError(f"task.clues: {list(clues)} must satisfy 0 <= low <= high <= 15.")
-    grids = _sudoku_grids()
+    low, high = clues or SUDOKU_CLUES[side]
+    if not 0 <= low <= high < side**2:
+        raise RecipeError(f"task.clues: {[low, high]} must satisfy 0 <= low <= high <= {side**2 - 1}.")
 
     def make(rng: random.Random) -> Row:
-        solution = rng.choice(grids)
-        given = set(rng.sample(range(16), rng.randint(*clues)))
+        solution = _solved_sudoku(side, rng)
+        given = set(rng.sample(range(side**2), rng.randint(low, high)))
         puzzle = "".join(digit if cell in given else "0" for cell, digit in enumerate(solution))
-        rows = [solution[r : r + 4] for r in range(0, 16, 4)]
+        rows = [solution[r : r + side] for r in range(0, side**2, side)]
         return {
-            "prompt": " ".join(puzzle[r : r + 4] for r in range(0, 16, 4)),
+            "prompt": " ".join(puzzle[r : r + side] for r in range(0, side**2, side)),
             "reference": "\n".join([*rows, f"#### {solution}"]),
             "puzzle": puzzle,
         }
 
     return Generated(make, split, seed)
-
-
-@task.register
-def jsonl(
-    split: Split, *, path: str, seed: int = 0, prompt_column: str = "prompt", heldout_path: str | None = None
-) -> Rows:
-    """Rows of a JSON-lines file; without `heldout_path` the file is split by a hash of the prompt."""
-    source = Path(heldout_path if heldout_path and split == "heldout" else path).expanduser()
-    if not source.is_file():
-        raise RecipeError(f"task.path: there is no file '{source}'.")
-    rows = []
-    for number, line in enumerate(source.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{source}:{number}: not a line of JSON ({error.msg}).") from error
-        if not isinstance(row, dict) or prompt_column not in row:
-            raise RecipeError(f"{source}:{number}: the row has no column '{prompt_column}'; set task.prompt_column.")
-        row["prompt"] = row[prompt_column]
-        if heldout_path or split_of(json.dumps(row["prompt"])) == split:
-            rows.append(row)
-    if not rows:
-        raise RecipeError(f"{source}: the dataset is empty (no {split} row).")
-    return Stored(rows, split, seed)

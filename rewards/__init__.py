@@ -5,21 +5,31 @@ parameters are the knobs of a recipe and they return the reward function, so tha
 mistaken for knobs.
 """
 
-from . import countdown, formatting, mathematics, sudoku
+from . import countdown, formatting, judges, mathematics, programs, published, reasoning, sudoku, verification
 from .building import Reward, build_rewards, check_columns
+from .scorer import Scorer, ScoringConfig
 from .scoring import RewardTable, score
-from .verdicts import OUTCOMES, RewardError
+from .verdicts import OUTCOMES, Isolation, RewardError, isolated
 
 __all__ = [
     "OUTCOMES",
+    "Isolation",
     "Reward",
     "RewardError",
     "RewardTable",
+    "Scorer",
+    "ScoringConfig",
     "build_rewards",
     "check_columns",
     "countdown",
     "formatting",
+    "isolated",
+    "judges",
     "mathematics",
+    "programs",
+    "published",
+    "reasoning",
     "score",
     "sudoku",
+    "verification",
 ]

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from ..recipes.registry import SLOTS
-from .formatting import Extract, extract_answer
+from .extraction import Extract, Rules, extract_answer
 from .verdicts import LogExtra, RewardFunction, Verdict, column_error, report, text_of
 
 MAX_CHARACTERS = 64
@@ -24,29 +24,30 @@ def parse_number(text: str) -> Fraction | None:
 
 
 @SLOTS["reward"].register
-def arithmetic(*, extract: Extract = "hash") -> RewardFunction:
+def arithmetic(*, extract: Extract = "gsm8k_hash", rules: Rules = 1) -> RewardFunction:
     """1 for an answer equal to the number in column `answer`, compared as exact decimals, 0 otherwise.
 
-    `extract` says where the answer stands. Outcomes: ok, wrong, unparsable (no answer, or not a number).
+    `extract` and `rules` (their version) say where the answer stands. Outcomes: ok, wrong, unparsable (no answer, or
+    not a number).
     """
 
     def arithmetic_reward(
         completions: list[Any], answer: list[Any], log_extra: LogExtra | None = None, **_: Any
     ) -> list[float | None]:
         rows = zip(completions, answer, strict=True)
-        return report([judge_arithmetic(text_of(text), gold, extract) for text, gold in rows], log_extra)
+        return report([judge_arithmetic(text_of(text), gold, extract, rules) for text, gold in rows], log_extra)
 
     return arithmetic_reward
 
 
-def judge_arithmetic(text: str, gold: Any, extract: Extract = "hash") -> Verdict:
+def judge_arithmetic(text: str, gold: Any, extract: Extract = "gsm8k_hash", rules: Rules = 1) -> Verdict:
     """Judge one completion; raises RewardError when the row's `answer` is not a number."""
     if gold is None:
         return Verdict()
     wanted = _gold(gold)
     if wanted is None:
         raise column_error("arithmetic", "answer", gold, "which is not a number")
-    answer = extract_answer(text, extract)
+    answer = extract_answer(text, extract, rules)
     found = None if answer is None else parse_number(answer)
     if found is None:
         return Verdict(0.0, "unparsable", answer)

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import inspect
 import logging
 import math
-import os
-import threading
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from ..recipes.registry import nearest
-from .building import UNPASSED_COLUMNS, Reward, accepted_arguments, build_rewards, check_columns
-from .verdicts import OUTCOMES, RewardError, RewardFunction
+from .building import UNPASSED_COLUMNS, Reward, accepted_arguments, check_columns, needed_columns
+from .calling import Log, check_values, guarded, is_async, submit
+from .pool import Job, Pool, Result, shared_pool
+from .verdicts import FAILURES, RewardError
 
 if TYPE_CHECKING:  # `unmask check` builds rewards and checks columns without paying for the import
     from torch import Tensor
 
-__all__ = ["Reward", "RewardTable", "build_rewards", "check_columns", "score"]
-
-LARGEST = 3.4028234663852886e38  # of fp32, in which the table holds its values
 logger = logging.getLogger(__name__)
 
 
@@ -33,8 +26,10 @@ class RewardTable:
     """Rewards of B rollouts under R functions.
 
     `value_BR` fp32, NaN = does not apply; `weight_R` fp32; `total_B` fp32: sum of weight x value over the rewards
-    that apply, NaN if none does; `outcome` a code a row (ok, wrong, unparsable, timeout, error); `metrics`: means of
-    what was logged through log_metric; `extra`: columns of B values logged through log_extra.
+    that apply and are no truth, NaN if none does or if one that has a weight failed (timeout, error); `outcome` a code
+    a row (ok, wrong, unparsable, timeout, error); `codes`: those of each reward that reports them; `truths`: names
+    that are never trained on; `metrics`: means of what was logged through log_metric; `extra`: columns of B values
+    logged through log_extra.
     """
 
     names: tuple[str, ...]
@@ -44,9 +39,16 @@ class RewardTable:
     outcome: list[str]
     metrics: dict[str, float] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    codes: dict[str, list[str | None]] = field(default_factory=dict)
+    truths: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.outcome)
+
+    def components(self) -> dict[str, Tensor]:
+        """Return each reward's values by its name in metrics: `reward/NAME`, or `truth/NAME`."""
+        kinds = ["truth" if name in self.truths else "reward" for name in self.names]
+        return {f"{kinds[r]}/{name}": self.value_BR[:, r] for r, name in enumerate(self.names)}
 
 
 def score(
@@ -57,221 +59,204 @@ def score(
     completion_ids: Sequence[Sequence[int]],
     *,
     trainer_state: Any = None,
+    pool: Pool | None = None,
 ) -> RewardTable:
-    """Call every reward once on the whole batch and return the table; asynchronous rewards run meanwhile.
+    """Call every reward on a batch and return the table.
 
     Each function gets, by keyword, `prompts`, `completions`, `completion_ids`, one list per dataset column (None in
     rows without it), `trainer_state`, `log_extra(column, values)` and `log_metric(name, value)`, or those of them that
     it names if it has no `**kwargs`. Where the row's prompt is a list of messages, the completion is passed as
     `[{"role": "assistant", "content": text}]`, as TRL does. Synchronous functions run one after the other in the
-    calling thread (some use signals), asynchronous ones together on one event loop of a background thread.
+    calling thread (some use signals); meanwhile isolated ones judge row by row in the processes of `pool`, and
+    asynchronous ones run together on one event loop of a background thread.
 
     The outcome of a row is the code that the first reward, in the order of the list, reports for it through
     `log_extra("outcome", [...])`; where none reports one, it is `ok` if the first reward that applies is at least 1
-    and `wrong` below that; where no reward applies, it is `error`.
+    and `wrong` below that; where no reward applies, it is `error`. A reward that fails on a row (timeout or error, and
+    no value) excludes the row: its total is NaN. Truths have no part in outcomes and totals.
 
     Raises RewardError for a missing column, an exception in a reward, a wrong number of values, and values that are
     not finite numbers or None.
     """
-    import torch
-
-    count = len(rows)
-    if not functions:
-        raise RewardError("score: there is no reward function; pass at least one.")
-    if not len(prompts) == len(completions) == len(completion_ids) == count:
-        raise RewardError(
-            f"score: {count} rows, {len(prompts)} prompts, {len(completions)} completions and {len(completion_ids)} "
-            "lists of completion ids; pass one of each a rollout."
-        )
-    logs = [_Log(reward.name, count) for reward in functions]
-    outputs: list[Any] = [[]] * len(functions)
-    if count:
-        arguments = _arguments(rows, prompts, completions, completion_ids)
-        check_columns(functions, dict.fromkeys([*arguments["columns"], *UNPASSED_COLUMNS]))
-        shared = {**arguments["texts"], **arguments["columns"], "trainer_state": trainer_state}
-        outputs = _call_all(functions, shared, logs)
-    values = [_values(reward.name, output, count) for reward, output in zip(functions, outputs, strict=True)]
-    value_BR = torch.tensor(values, dtype=torch.float32).reshape(len(functions), count).T.contiguous()
-    weight_R = torch.tensor([reward.weight for reward in functions], dtype=torch.float32)
-    applies_BR = ~value_BR.isnan()
-    total_B = torch.where(applies_BR, value_BR * weight_R, 0.0).sum(dim=1)
-    if not bool(total_B.isfinite().all()):
-        raise RewardError("score: the weighted sum of the rewards overflows fp32; scale values or weights down.")
-    total_B[~applies_BR.any(dim=1)] = math.nan
-    return RewardTable(
-        names=tuple(reward.name for reward in functions),
-        value_BR=value_BR,
-        weight_R=weight_R,
-        total_B=total_B,
-        outcome=_outcomes(logs, values, prompts),
-        metrics=_metrics(logs),
-        extra=_extra(logs),
-    )
+    scoring = Scoring(functions, trainer_state=trainer_state, pool=pool)
+    scoring.add(rows, prompts, completions, completion_ids)
+    return scoring.table()
 
 
-class _Log:
-    """What one reward logs during one call: `extra` and `metric` are its `log_extra` and `log_metric`."""
+class Scoring:
+    """The scoring of one batch that arrives in chunks.
 
-    def __init__(self, name: str, count: int) -> None:
-        self.name, self.count = name, count
-        self.columns: dict[str, list[Any]] = {}
-        self.numbers: dict[str, list[float]] = {}
+    `add` starts isolated and asynchronous rewards on a chunk, which run while the next one is rolled out; `table`
+    calls the others once on the whole batch and gathers everything. `score` has the rules.
+    """
 
-    def extra(self, column: str, values: Iterable[Any]) -> None:
-        """Append `values` to a column of the rollout log, one a rollout."""
-        self.columns.setdefault(column, []).extend(values)
+    def __init__(self, functions: Sequence[Reward], *, trainer_state: Any = None, pool: Pool | None = None) -> None:
+        if not functions:
+            raise RewardError("score: there is no reward function; pass at least one.")
+        self.functions, self.trainer_state, self.pool = functions, trainer_state, pool
+        self.rows: list[Mapping[str, Any]] = []
+        self._texts: dict[str, list[Any]] = {"prompts": [], "completions": [], "completion_ids": []}
+        # For each reward that has begun: a future and a log a chunk, or a future a row.
+        self._chunks: dict[int, list[tuple[Future[Any], Log]]] = {}
+        self._verdicts: dict[int, list[Future[Result]]] = {}
 
-    def metric(self, name: str, value: float) -> None:
-        """Record a finite number; the table holds the mean of all that were recorded under its name."""
-        number = _number(value)
-        if number is None:
-            raise RewardError(f"reward '{self.name}': log_metric('{name}', {value!r:.80}) is not a finite number.")
-        self.numbers.setdefault(name, []).append(number)
+    def add(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+    ) -> None:
+        """Take rollouts, one entry of each argument a rollout, and start what need not wait for the rest."""
+        if not len(prompts) == len(completions) == len(completion_ids) == len(rows):
+            raise RewardError(
+                f"score: {len(rows)} rows, {len(prompts)} prompts, {len(completions)} completions and "
+                f"{len(completion_ids)} lists of completion ids; pass one of each a rollout."
+            )
+        texts = _texts(rows, prompts, completions, completion_ids)
+        self.rows += rows
+        for name, values in texts.items():
+            self._texts[name] += values
+        if not rows:
+            return
+        for index, reward in enumerate(self.functions):
+            early = reward.isolation is not None or is_async(reward.function)
+            if not early:
+                continue
+            # A column that this chunk lacks may stand in a later one; `table` checks the batch.
+            columns = {name: [None] * len(rows) for name in needed_columns(reward)} | _columns(rows)
+            if reward.isolation is not None:
+                self._verdicts.setdefault(index, []).extend(self._judge(reward, {**texts, **columns}, len(rows)))
+            else:
+                log = Log(reward.name, len(rows))
+                call = self._call(reward, {**texts, **columns}, log)
+                self._chunks.setdefault(index, []).append((submit(call), log))
 
-    def check(self) -> None:
-        """Raise RewardError unless every column has one value a rollout and every outcome is a known code."""
-        for column, values in self.columns.items():
-            if len(values) != self.count:
-                raise RewardError(
-                    f"reward '{self.name}': log_extra('{column}', ...) got {len(values)} values for {self.count} "
-                    "completions; log one a completion, None where there is none."
-                )
-        for code in self.columns.get("outcome", []):
-            if code is not None and code not in OUTCOMES:
-                raise RewardError(
-                    f"reward '{self.name}': outcome {code!r:.80} is not a code; log it under another column name, or "
-                    f"use one.{nearest(str(code), list(OUTCOMES))}"
-                )
+    def table(self) -> RewardTable:
+        """Call the rewards that want the whole batch, wait for the others, and return the table."""
+        count, logs = len(self.rows), [Log(reward.name, 0) for reward in self.functions]
+        values: list[list[float]] = [[] for _ in self.functions]
+        try:
+            columns = _columns(self.rows)
+            if count:
+                check_columns(self.functions, dict.fromkeys([*columns, *UNPASSED_COLUMNS]))
+            for index, reward in enumerate(self.functions):
+                if count and index not in self._verdicts and index not in self._chunks:
+                    logs[index] = Log(reward.name, count)
+                    call = self._call(reward, {**self._texts, **columns}, logs[index])
+                    values[index] = check_values(reward.name, guarded(reward.name, call, count), count)
+            for index, parts in self._chunks.items():
+                for future, log in parts:
+                    name = self.functions[index].name
+                    values[index] += check_values(name, guarded(name, future.result, log.count), log.count)
+                    logs[index].add(log)
+            for index, futures in self._verdicts.items():
+                values[index], logs[index] = _gather(self.functions[index].name, futures)
+        finally:
+            for future in [f for parts in self._chunks.values() for f, _ in parts]:
+                future.cancel()
+            for verdict in [f for futures in self._verdicts.values() for f in futures]:
+                verdict.cancel()
+        for log in logs:
+            log.check()
+        return _table(self.functions, values, logs, self._texts["prompts"])
+
+    def _call(self, reward: Reward, arguments: Mapping[str, Any], log: Log) -> Callable[..., Any]:
+        given = {**arguments, "trainer_state": self.trainer_state, "log_extra": log.extra, "log_metric": log.metric}
+        return functools.partial(reward.function, **accepted_arguments(reward.function, given))
+
+    def _judge(self, reward: Reward, arguments: Mapping[str, list[Any]], count: int) -> list[Future[Result]]:
+        """Submit a chunk's rows to the pool; another process gets no trainer_state."""
+        assert reward.isolation is not None
+        given = accepted_arguments(reward.function, arguments)
+        limit_s, preload = reward.isolation.limit_s, reward.isolation.preload
+        jobs = [
+            Job(reward.name, reward.entry, {name: [values[row]] for name, values in given.items()}, limit_s, preload)
+            for row in range(count)
+        ]
+        return (self.pool or shared_pool()).submit(jobs)
 
 
-def _arguments(
+def _texts(
     rows: Sequence[Mapping[str, Any]],
     prompts: Sequence[Any],
     completions: Sequence[Any],
     completion_ids: Sequence[Sequence[int]],
-) -> dict[str, dict[str, list[Any]]]:
-    """Return the texts in TRL's formats and the dataset columns, both as keyword arguments."""
+) -> dict[str, list[Any]]:
+    """Return prompts, completions and ids in TRL's formats."""
     shown = [row.get("prompt", prompt) for row, prompt in zip(rows, prompts, strict=True)]
     said = [
         [{"role": "assistant", "content": text}] if isinstance(prompt, list) and isinstance(text, str) else text
         for prompt, text in zip(shown, completions, strict=True)
     ]
-    texts = {"prompts": shown, "completions": said, "completion_ids": [list(ids) for ids in completion_ids]}
+    return {"prompts": shown, "completions": said, "completion_ids": [list(ids) for ids in completion_ids]}
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for row in rows for name in row if name not in UNPASSED_COLUMNS)
-    return {"texts": texts, "columns": {name: [row.get(name) for row in rows] for name in names}}
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _call_all(functions: Sequence[Reward], shared: Mapping[str, Any], logs: Sequence[_Log]) -> list[Any]:
-    calls = []
-    for reward, log in zip(functions, logs, strict=True):
-        arguments = {**shared, "log_extra": log.extra, "log_metric": log.metric}
-        calls.append(functools.partial(reward.function, **accepted_arguments(reward.function, arguments)))
-    pending: dict[int, Future[Any]] = {}
-    outputs: dict[int, Any] = {}
-    try:
-        for index, call in enumerate(calls):
-            if is_async(functions[index].function):
-                pending[index] = _submit(call)
-        for index, call in enumerate(calls):
-            if index not in pending:
-                outputs[index] = _guarded(functions[index].name, call, len(shared["prompts"]))
-        for index, future in pending.items():
-            outputs[index] = _guarded(functions[index].name, future.result, len(shared["prompts"]))
-    finally:
-        for future in pending.values():
-            future.cancel()
-    for log in logs:
-        log.check()
-    return [outputs[index] for index in range(len(calls))]
+def _gather(name: str, futures: Sequence[Future[Result]]) -> tuple[list[float], Log]:
+    """Return one reward's values (NaN where it failed or does not apply) and what it logged about the rows."""
+    values: list[float] = []
+    whole = Log(name, 0)
+    for future in futures:
+        result, log = future.result(), Log(name, 1)
+        if result.reply is None:
+            values.append(math.nan)
+            log.columns = {"outcome": [result.outcome], "cause": [result.cause]}
+        else:
+            values += check_values(name, [result.reply["value"]], 1)
+            log.columns = {column: [value] for column, value in result.reply["columns"].items()}
+            log.numbers = result.reply["numbers"]
+        whole.add(log)
+    return values, whole
 
 
-def _guarded(name: str, call: RewardFunction, count: int) -> Any:
-    try:
-        output = call()
-        # A plain function may hand out another one's coroutine (a lambda does).
-        return _submit(lambda: output).result() if inspect.isawaitable(output) else output
-    except RewardError:
-        raise
-    except Exception as error:
-        raise RewardError(
-            f"reward '{name}' raised {type(error).__name__}: {error} (batch of {count} completions); correct it, or "
-            "return None for completions that it cannot judge."
-        ) from error
+def _table(
+    functions: Sequence[Reward], values: Sequence[Sequence[float]], logs: Sequence[Log], prompts: Sequence[Any]
+) -> RewardTable:
+    import torch
+
+    count = len(prompts)
+    value_BR = torch.tensor(values, dtype=torch.float32).reshape(len(functions), count).T.contiguous()
+    weight_R = torch.tensor([reward.weight for reward in functions], dtype=torch.float32)
+    trained_R = torch.tensor([not reward.truth for reward in functions])
+    applies_BR = ~value_BR.isnan() & trained_R
+    total_B = torch.where(applies_BR, value_BR * weight_R, 0.0).sum(dim=1)
+    if not bool(total_B.isfinite().all()):
+        raise RewardError("score: the weighted sum of the rewards overflows fp32; scale values or weights down.")
+    total_B[~applies_BR.any(dim=1)] = math.nan
+    codes = {log.name: log.columns["outcome"] for log in logs if "outcome" in log.columns}
+    judges = [index for index, reward in enumerate(functions) if not reward.truth]
+    for index in judges:
+        if functions[index].weight == 0:
+            continue
+        failed = [code in FAILURES for code in codes.get(functions[index].name, [None] * count)]
+        total_B[torch.tensor(failed, dtype=torch.bool) & value_BR[:, index].isnan()] = math.nan
+    return RewardTable(
+        names=tuple(reward.name for reward in functions),
+        value_BR=value_BR,
+        weight_R=weight_R,
+        total_B=total_B,
+        outcome=_outcomes([logs[i] for i in judges], [values[i] for i in judges], prompts),
+        metrics=_metrics(logs),
+        extra=_extra(logs),
+        codes=codes,
+        truths=tuple(reward.name for reward in functions if reward.truth),
+    )
 
 
-def is_async(function: RewardFunction) -> bool:
-    """Tell whether calling `function` (also a partial, or an object with an async `__call__`) gives a coroutine."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-
-
-def _submit(call: RewardFunction) -> Future[Any]:
-    async def wait() -> Any:
-        return await call()
-
-    return asyncio.run_coroutine_threadsafe(wait(), _event_loop())
-
-
-@functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """Return the loop of a daemon thread; one for the process, as clients that rewards keep are bound to a loop."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="unmask-rewards", daemon=True).start()
-    return loop
-
-
-os.register_at_fork(after_in_child=_event_loop.cache_clear)  # threads do not survive a fork
-
-
-def _number(value: Any) -> float | None:
-    """Return `value` as a float if it is a finite number of fp32's range (also a tensor of one element)."""
-    if getattr(value, "shape", None) == ():
-        value = value.item()
-    if not isinstance(value, Real):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if abs(number) <= LARGEST else None
-
-
-def _values(name: str, output: Any, count: int) -> list[float]:
-    """Return one float a completion, NaN for None; raises RewardError for anything but finite numbers and None."""
-    if hasattr(output, "tolist"):
-        output = output.tolist()
-    if isinstance(output, str | bytes | Mapping | Set) or not isinstance(output, Iterable):
-        hint = "; if it is a factory, register it in the slot 'reward'" if callable(output) else ""
-        raise RewardError(
-            f"reward '{name}' returned {output!r:.80}; return a list with one number or None a completion{hint}."
-        )
-    listed = list(output)
-    if len(listed) != count:
-        raise RewardError(
-            f"reward '{name}' returned {len(listed)} values for {count} completions; return exactly one a completion, "
-            "None where it does not apply."
-        )
-    values = []
-    for row, value in enumerate(listed):
-        number = math.nan if value is None else _number(value)
-        if number is None:
-            raise RewardError(
-                f"reward '{name}' returned {value!r:.80} for completion {row}; return a finite number, or None where "
-                "it does not apply."
-            )
-        values.append(number)
-    return values
-
-
-def _outcomes(logs: Sequence[_Log], values: Sequence[Sequence[float]], prompts: Sequence[Any]) -> list[str]:
+def _outcomes(logs: Sequence[Log], values: Sequence[Sequence[float]], prompts: Sequence[Any]) -> list[str]:
     outcomes, orphans = [], []
     for row in range(len(prompts)):
         reported = [codes[row] for log in logs if (codes := log.columns.get("outcome"))]
         applying = [column[row] for column in values if not math.isnan(column[row])]
         derived = "error" if not applying else "ok" if applying[0] >= 1 else "wrong"
-        outcomes.append(next((code for code in reported if code is not None), derived))
-        if not applying:
+        code = next((code for code in reported if code is not None), None)
+        outcomes.append(derived if code is None else code)
+        if not applying and code not in FAILURES:
             orphans.append(row)
     if orphans:
         first = prompts[orphans[0]]
@@ -279,14 +264,14 @@ def _outcomes(logs: Sequence[_Log], values: Sequence[Sequence[float]], prompts: 
     return outcomes
 
 
-def _metrics(logs: Sequence[_Log]) -> dict[str, float]:
+def _metrics(logs: Sequence[Log]) -> dict[str, float]:
     """Return the mean of each metric over everything logged under its name, whichever reward logged it."""
     names = sorted({name for log in logs for name in log.numbers})
     logged = {name: [number for log in logs for number in log.numbers.get(name, [])] for name in names}
     return {name: math.fsum(numbers) / len(numbers) for name, numbers in logged.items()}
 
 
-def _extra(logs: Sequence[_Log]) -> dict[str, list[Any]]:
+def _extra(logs: Sequence[Log]) -> dict[str, list[Any]]:
     """Return the logged columns but `outcome`; one that several rewards logged is named `reward/column`."""
     extra = {}
     for log in logs:

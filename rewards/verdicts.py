@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..recipes.registry import RecipeError
 
 OUTCOMES = ("ok", "wrong", "unparsable", "timeout", "error")
+# What says nothing about the completion: such a row is tried again, then left out of training, never punished.
+FAILURES = ("timeout", "error")
+LIMIT_S = 10.0
 
 LogExtra = Callable[[str, list[Any]], None]
+LogMetric = Callable[[str, float], None]
 RewardFunction = Callable[..., Any]
 
 
 class RewardError(RecipeError):
     """A reward that cannot be computed; the message names the reward, the value, the rule and the remedy."""
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How a reward is run in the pool: its wall clock for one completion, and modules every worker starts with."""
+
+    limit_s: float = LIMIT_S
+    preload: tuple[str, ...] = ()
+
+
+def isolated(*, limit_s: float = LIMIT_S, preload: Sequence[str] = ()) -> Callable[[RewardFunction], RewardFunction]:
+    """Mark a reward function, or a factory of one, to be judged row by row in worker processes that can be killed.
+
+    `limit_s` is the wall clock of one completion, a second attempt included; a recipe's `limit_s` replaces it.
+    """
+
+    def mark(function: RewardFunction) -> RewardFunction:
+        function.isolation = Isolation(limit_s, tuple(preload))  # type: ignore[attr-defined]
+        return function
+
+    return mark
 
 
 class Verdict(NamedTuple):

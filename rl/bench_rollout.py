@@ -16,11 +16,11 @@ from ..recipes.loading import load_recipe, load_samplers, named_sampler
 from ..recipes.reading import apply_override
 from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import Recipe
-from ..rewards import build_rewards, score
 from ..rollouts.sampler import Sampler, build_sampler
-from ..rollouts.worker import RolloutBatch, RolloutWorker
+from ..rollouts.worker import RolloutBatch
 from .evaluate import evaluate, heldout_rows
-from .targets import open_target
+from .settings import rewards_of
+from .targets import evaluation_worker, open_target
 
 REFERENCE = "llada_low_confidence"
 
@@ -109,21 +109,10 @@ def bench_rollout(
     share of completions that equal the reference's.
     """
     recipe, denoiser = open_target(target, overrides)
-    rewards = build_rewards([entry.model_dump() for entry in recipe.rewards])
     rows = heldout_rows(SLOTS["task"].build(recipe.task)("heldout", seed=recipe.run.seed), problems)
     names = [reference, *(name for name in samplers if name != reference)]
     built = {name: sampler_of(name, recipe) for name in names}
-    worker = RolloutWorker(
-        denoiser=denoiser,
-        tokenizer=denoiser.tokenizer,
-        sampler=built[reference],
-        scorer=partial(score, rewards),
-        group=1,
-        canvas=recipe.rollout.canvas,
-        prompt_limit=recipe.rollout.prompt_limit,
-        seed=recipe.run.seed,
-        micro_batch=recipe.rollout.micro_batch,
-    )
+    worker = evaluation_worker(recipe, denoiser, rewards_of(recipe))
     found: list[dict[str, Any]] = []
     wanted: list[str] = []
     for name in names:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..rollouts.sampler import Sampler
-from ..rollouts.trajectory import Trajectory
+from ..rollouts.trajectory import Lifetimes, Trajectory
 from .distributed import barrier, rank, world_size
 from .plan import Plan
 from .runfolder import write_json
@@ -117,6 +117,8 @@ def save_plan(path: Path, plan: Plan | None) -> None:
         value = getattr(trajectory, entry.name)
         if isinstance(value, Tensor):
             tensors[f"trajectory.{entry.name}"] = value.contiguous()
+        elif isinstance(value, Lifetimes):
+            tensors |= {f"retracted.{name}": part.contiguous() for name, part in value._asdict().items()}
         else:
             constants[entry.name] = value
     save_file(tensors, path, metadata={"constants": json.dumps(constants)})
@@ -133,11 +135,13 @@ def load_plan(path: Path, sampler: Sampler, device: torch.device | str = "cpu") 
         for name, value in constants.items():
             if isinstance(value, list):
                 constants[name] = tuple(value)
-        parts: dict[str, dict[str, Tensor]] = {"plan": {}, "trajectory": {}}
+        parts: dict[str, dict[str, Tensor]] = {"plan": {}, "trajectory": {}, "retracted": {}}
         for key, value in tensors.items():
             owner, _, name = key.partition(".")
             parts[owner][name] = value
         recorded: dict[str, Any] = parts["trajectory"] | constants
+        if parts["retracted"]:
+            recorded["retracted"] = Lifetimes(**parts["retracted"])
         return Plan.from_tensors(Trajectory(**recorded), sampler, parts["plan"])
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointReadError(f"{path}: damaged ({error}); resume from an earlier checkpoint.") from error

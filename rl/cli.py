@@ -24,6 +24,7 @@ from .cli_arguments import (
     write_result,
 )
 from .cli_bench import bench
+from .cli_checks import data_app, reward_app
 
 app = typer.Typer(
     name="unmask",
@@ -33,6 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.add_typer(data_app, name="data")
+app.add_typer(reward_app, name="reward")
 # typer brings its own copy of click in newer versions; its public exception leads to the base class in either.
 USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 

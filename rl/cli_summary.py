@@ -17,7 +17,8 @@ from ..recipes.crosschecks import check_data, check_world, notes, step_limit
 from ..recipes.loading import import_parts, load_methods, load_samplers
 from ..recipes.reading import SCHEMA_FILE, shipped_recipes
 from ..recipes.registry import SLOTS, RecipeError, nearest
-from ..recipes.schema import Recipe, SamplerSection, SftRecipe
+from ..recipes.schema import Recipe, SftRecipe
+from ..recipes.sections import SamplerSection
 
 MACHINE = 8  # devices that `check` assumes for a sharded recipe
 SAMPLER_SLOTS = ("schedule", "score", "selection", "remasking", "editing", "transform", "length", "cache")
@@ -29,8 +30,9 @@ def console() -> Console:
 
 
 def words(choice: dict[str, Any]) -> str:
-    """Return a part and its knobs as `name(knob=value, ...)`, without knobs that are null."""
-    knobs = [f"{key}={value}" for key, value in choice.items() if key not in ("name", "weight") and value is not None]
+    """Return a part and its knobs as `name(knob=value, ...)`, without knobs that are null or say nothing."""
+    hidden = {"name", "weight"} | ({"truth"} if choice.get("truth") is False else set())
+    knobs = [f"{key}={value}" for key, value in choice.items() if key not in hidden and value is not None]
     return f"{choice['name']}({', '.join(knobs)})" if knobs else str(choice["name"])
 
 
@@ -55,14 +57,23 @@ def summary(recipe: Recipe | SftRecipe, target: str, nproc: int | None = None) -
     command = "sft" if isinstance(recipe, SftRecipe) else "train"
     launch = f"unmask {command} {target}" + (f" --nproc {nproc}" if nproc > 1 else "")
     facts["next"] = launch if missing is None else f"put the data at {missing}, then {launch}"
+    if missing is not None and not Path(missing).suffix:
+        facts["data"] = f"not checked: {missing} is on the hub"
+        facts["next"] = f"unmask data check {target}, then {launch}"
     return facts
 
 
 def _missing_file(recipe: Recipe | SftRecipe) -> str | None:
-    """Return the first dataset file that does not exist: a recipe can be checked before its data are there."""
+    """Return the first dataset that is not on this machine: a recipe can be checked before its data are there."""
     choices = [recipe.task] if isinstance(recipe, Recipe) else [entry.task for entry in recipe.tasks]
-    paths = [choice.get(key) for choice in choices if choice["name"] == "jsonl" for key in ("path", "heldout_path")]
-    return next((path for path in paths if path is not None and not Path(path).expanduser().is_file()), None)
+    for choice in choices:
+        if "revision" not in choice and choice["name"] not in ("jsonl", "parquet"):
+            continue
+        paths = [choice.get("path"), choice.get("heldout_path") or choice.get("path")]
+        for path in paths:
+            if path is None or not Path(path).expanduser().exists():
+                return path or f"the hub's {choice['name']}"
+    return None
 
 
 def _rl_facts(recipe: Recipe, nproc: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,10 @@ EVALUATION_STEP = -1  # a step no training batch has: evaluation noise is the sa
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results on `n` held-out problems; `exact` is the share with outcome ok, `stderr` its standard error."""
+    """Results on `n` held-out problems; `exact` is the share with outcome ok, `stderr` its standard error.
+
+    `components` are the means of every reward (`reward/NAME`) and truth (`truth/NAME`) over the rows it applies to.
+    """
 
     n: int
     exact: float
@@ -33,6 +36,7 @@ class Evaluation:
     tokens_per_s: float
     wall_s: float
     outcomes: dict[str, int]
+    components: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""
@@ -41,6 +45,7 @@ class Evaluation:
     def metrics(self, prefix: str) -> tuple[dict[str, float], dict[str, float]]:
         """Return the numbers under the names of our records, and under those that Trainer's callbacks look for."""
         values = {name: value for name, value in self.as_dict().items() if isinstance(value, int | float)}
+        values |= self.components
         logged = {f"time/{prefix}_{k}" if k in CLOCKS else f"{prefix}/{k}": v for k, v in values.items()}
         return logged, {f"{prefix}_{name}": value for name, value in values.items()}
 
@@ -74,6 +79,7 @@ def evaluate(
     outcomes: list[str] = []
     rewards: list[float] = []
     steps: list[int] = []
+    components: dict[str, list[float]] = {}
     tokens = 0
     mine = range(rank() * worker.micro_batch, len(rows), world_size() * worker.micro_batch)
     for start in mine:
@@ -81,6 +87,8 @@ def evaluate(
         batch = worker.collect(chunk, step=EVALUATION_STEP, first_id=start)
         outcomes += batch.rewards.outcome
         rewards += torch.nan_to_num(batch.rewards.total_B, nan=0.0).tolist()
+        for name, value_B in batch.rewards.components().items():
+            components.setdefault(name, []).extend(value_B[~value_B.isnan()].tolist())
         steps += batch.trajectory.steps_B.tolist()
         tokens += sum(map(len, batch.completion_ids))
         if keep is not None:
@@ -89,12 +97,14 @@ def evaluate(
             progress(len(chunk))
     if training:
         model.train()
-    gathered = gather_objects((outcomes, rewards, steps, tokens))
+    gathered = gather_objects((outcomes, rewards, steps, tokens, components))
     seconds = time.perf_counter() - started
     outcomes = [value for part in gathered for value in part[0]]
     rewards = [value for part in gathered for value in part[1]]
     steps = [value for part in gathered for value in part[2]]
     tokens = sum(part[3] for part in gathered)
+    names = sorted({name for part in gathered for name in part[4]})
+    judged = {name: [value for part in gathered for value in part[4].get(name, [])] for name in names}
     n = len(outcomes)
     exact = sum(outcome == "ok" for outcome in outcomes) / n
     return Evaluation(
@@ -107,4 +117,5 @@ def evaluate(
         tokens_per_s=tokens / seconds,
         wall_s=seconds,
         outcomes=dict(Counter(outcomes)),
+        components={name: sum(values) / len(values) for name, values in judged.items() if values},
     )

@@ -13,9 +13,15 @@ import pyarrow.parquet
 from torch import Tensor
 
 from ..rewards import OUTCOMES
+from ..rollouts.trajectory import Trajectory
 from ..rollouts.worker import RolloutBatch
 
 CLOCK = "time/"
+# A token that was taken back: its place, id, steps of birth and death, order in its step, log-probability.
+LIFE = {
+    **dict.fromkeys(("position", "token", "born", "died", "rank"), pyarrow.int64()),
+    "logprob": pyarrow.float32(),
+}
 FILES = ("metrics.jsonl", "timing.jsonl")
 
 
@@ -47,11 +53,11 @@ class Records:
                     file.write(json.dumps({"step": step, **record}) + "\n")
 
 
-def rollout_table(batch: RolloutBatch, step: int) -> dict[str, list[Any]]:
+def rollout_table(batch: RolloutBatch, step: int) -> dict[str, Any]:
     """Return a batch as columns: text, tokens with their step map and log-probs, rewards, advantage and outcome."""
     trajectory, rewards, prompts = batch.trajectory, batch.rewards, [row["prompt"] for row in batch.rows]
     advantage = [None] * len(batch) if batch.advantage_B is None else batch.advantage_B.tolist()
-    table: dict[str, list[Any]] = {
+    table: dict[str, Any] = {
         "step": [step] * len(batch),
         "rollout_id": trajectory.rollout_id_B.tolist(),
         "group": batch.group_B.tolist(),
@@ -66,11 +72,29 @@ def rollout_table(batch: RolloutBatch, step: int) -> dict[str, list[Any]]:
         "advantage": advantage,
         "outcome": list(rewards.outcome),
     }
+    table |= _changes(trajectory)
     for index, name in enumerate(rewards.names):
         table[f"reward/{name}"] = [None if v != v else v for v in rewards.value_BR[:, index].tolist()]
     for name, values in rewards.extra.items():
         if name != "outcome":
             table[f"extra/{name}"] = [None if value is None else str(value) for value in values]
+    return table
+
+
+def _changes(trajectory: Trajectory) -> dict[str, Any]:
+    """Return what a sampler took back of each rollout, and the lengths of canvases that change theirs."""
+    table: dict[str, Any] = {}
+    if trajectory.retracted is not None:
+        lives: list[list[dict[str, Any]]] = [[] for _ in range(len(trajectory))]
+        for row, *entry in zip(*(value.tolist() for value in trajectory.retracted), strict=True):
+            lives[row].append(dict(zip(LIFE, entry, strict=True)))
+        # The type is given, so that a batch without any has the columns of one with some.
+        table["retracted"] = pyarrow.array(lives, type=pyarrow.list_(pyarrow.struct(LIFE)))
+    if trajectory.length_BS is not None and trajectory.appeared_BL is not None:
+        steps = trajectory.steps_B.tolist()
+        lengths = zip(trajectory.length_BS.tolist(), steps, strict=True)
+        table["lengths"] = [row[: count + 1] for row, count in lengths]
+        table["appeared"] = trajectory.appeared_BL.tolist()
     return table
 
 
@@ -92,10 +116,12 @@ def batch_metrics(batch: RolloutBatch) -> dict[str, tuple[float, int]]:
     if "rollout/logprob" in batch.metrics:  # a mean over tokens
         values["rollout/logprob"] = (batch.metrics["rollout/logprob"], int(batch.trajectory.action_BL("all").sum()))
     values["reward/total"] = _mean(rewards.total_B)
-    for index, name in enumerate(rewards.names):
-        values[f"reward/{name}"] = _mean(rewards.value_BR[:, index])
+    for name, value_B in rewards.components().items():
+        values[name] = _mean(value_B)
     for outcome in OUTCOMES:
         values[f"outcome/{outcome}"] = (sum(o == outcome for o in rewards.outcome) / max(count, 1), count)
+        for name, codes in rewards.codes.items():
+            values[f"outcome/{name}/{outcome}"] = (codes.count(outcome) / max(count, 1), count)
     if batch.advantage_B is not None:
         # NaN marks a rollout that no reward applies to: it gives no signal either.
         values["advantage/zero_share"] = ((batch.advantage_B.nan_to_num(0.0) == 0).double().mean().item(), count)

@@ -23,7 +23,6 @@ from ..policies.saving import whole_folder
 from ..recipes.loading import dump_recipe, load_recipe
 from ..recipes.registry import SLOTS
 from ..recipes.schema import Recipe, SftRecipe
-from ..rewards import build_rewards
 from ..rollouts.sampler import build_sampler
 from . import sft_run
 from .checkpoints import checkpoint_to_resume, file_errors
@@ -33,7 +32,7 @@ from .evaluate import Evaluation, heldout_rows
 from .evaluate import evaluate as evaluate_rows
 from .objective import build_objective
 from .runfolder import RunError, manifest, no_empty_folder, run_folder, write_atomically, write_json
-from .settings import cpu_backend, device_of
+from .settings import cpu_backend, device_of, rewards_of, scoring_of
 from .sharding import gathered, save_trained
 from .targets import evaluation_worker, load_policy, open_target
 from .trainer import UnmaskTrainer
@@ -115,7 +114,8 @@ def build_trainer(recipe: Recipe, folder: Path) -> UnmaskTrainer:
     task = SLOTS["task"].build(recipe.task)
     return UnmaskTrainer(
         model=denoiser,
-        reward_funcs=build_rewards([entry.model_dump() for entry in recipe.rewards]),
+        reward_funcs=rewards_of(recipe),
+        scoring=scoring_of(recipe),
         args=config,
         train_dataset=task("train", seed=recipe.run.seed),
         eval_dataset=task("heldout", seed=0),
@@ -124,6 +124,7 @@ def build_trainer(recipe: Recipe, folder: Path) -> UnmaskTrainer:
         eval_sampler=build_sampler(evaluation_sampler),
         objective=build_objective(recipe.objective.model_dump()),
         advantage=SLOTS["advantage"].build(recipe.objective.advantage),
+        start=SLOTS["canvas"].build(recipe.rollout.start, "rollout.start"),
         optim={"name": recipe.optim.optimizer, "matrix_lr": recipe.optim.matrix_lr, "betas": tuple(recipe.optim.betas)},
     )
 
@@ -291,7 +292,7 @@ def sft_checkpoint(resume: Path) -> Path:
 def evaluate(target: str, *, overrides: Sequence[str] = (), problems: int | None = None) -> dict[str, Any]:
     """Evaluate a run's folder, a recipe's untrained model, or a checkpoint folder; print and return the result."""
     recipe, denoiser = open_target(target, overrides)
-    rewards = build_rewards([entry.model_dump() for entry in recipe.rewards])
+    rewards = rewards_of(recipe)
     rows = heldout_rows(SLOTS["task"].build(recipe.task)("heldout", seed=0), problems or recipe.evaluation.problems)
     worker = evaluation_worker(recipe, denoiser, rewards)
     with tqdm(total=len(rows), unit="problem", dynamic_ncols=True) as bar:

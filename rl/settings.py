@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 import torch
 
+from ..recipes.schema import Recipe
+from ..rewards import Reward, ScoringConfig, build_rewards
+
 
 def device_of(name: str) -> str:
     """Return a torch device name: `auto` is cuda when there is one, else cpu, and cuda is the process's own one.
@@ -24,6 +27,17 @@ def device_of(name: str) -> str:
 def cpu_backend(device: str) -> str | None:
     """Return "gloo" for several processes on CPUs; None (no process group, or NCCL) otherwise."""
     return "gloo" if device_of(device) == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+def rewards_of(recipe: Recipe) -> list[Reward]:
+    """Return the rewards of a recipe."""
+    entries = [entry.model_dump() for entry in recipe.rewards]
+    return build_rewards(entries, allow_code_execution=recipe.allow_code_execution)
+
+
+def scoring_of(recipe: Recipe) -> ScoringConfig:
+    """Return the settings of a recipe's scoring."""
+    return ScoringConfig(**recipe.scoring.model_dump(), allow_code_execution=recipe.allow_code_execution)
 
 
 @contextlib.contextmanager

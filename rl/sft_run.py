@@ -15,7 +15,7 @@ from ..policies.saving import whole_folder
 from ..recipes.loading import dump_recipe
 from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import SftRecipe
-from ..rewards import build_rewards, score
+from ..rewards import Scorer, build_rewards
 from ..rollouts.sampler import build_sampler
 from ..rollouts.worker import RolloutWorker
 from .distributed import rank, world_size
@@ -77,13 +77,14 @@ def evaluate_tasks(recipe: SftRecipe, denoiser: Denoiser, problems: int) -> dict
     total, quiet = problems * len(recipe.tasks), rank() != 0
     bar = tqdm(total=total, unit="problem", desc="evaluation", dynamic_ncols=True, disable=quiet)
     for index, entry in enumerate(recipe.tasks):
-        rewards = build_rewards([entry.reward or {"name": entry.task["name"]}])
+        choice = entry.reward or {"name": entry.task["name"]}
+        rewards = build_rewards([choice], allow_code_execution=recipe.allow_code_execution)
         rows = heldout_rows(SLOTS["task"].build(entry.task)("heldout", seed=0), problems)
         worker = RolloutWorker(
             denoiser=denoiser,
             tokenizer=denoiser.tokenizer,
             sampler=sampler,
-            scorer=lambda *batch, rewards=rewards: score(rewards, *batch),
+            scorer=Scorer(rewards),
             group=1,
             canvas=entry.canvas,
             prompt_limit=10**6,

@@ -15,10 +15,10 @@ from rich.text import Text
 from torch import Tensor
 
 from ..recipes.registry import SLOTS
-from ..rewards import build_rewards
 from ..rollouts.engine import denoise
 from ..rollouts.trajectory import Trajectory
 from ..rollouts.worker import pad_left
+from .settings import rewards_of
 from .targets import evaluation_worker, open_target
 
 SHADES = ("grey50", "cyan", "bright_cyan", "green", "bright_green", "yellow", "bright_yellow", "magenta")
@@ -35,12 +35,12 @@ def sample(target: str, *, prompt: str | None = None, overrides: Sequence[str] =
     rewards: Any = []
     if prompt is None:
         row = SLOTS["task"].build(recipe.task)("heldout", seed=0).row(recipe.run.seed % recipe.evaluation.problems)
-        rewards = build_rewards([entry.model_dump() for entry in recipe.rewards])
+        rewards = rewards_of(recipe)
     worker = evaluation_worker(recipe, denoiser, rewards)
     ids = worker.prompt(row)
     prompt_BQ, mask_BQ = pad_left([ids], denoiser.tokenizer.pad_token_id, multiple=denoiser.family.prompt_multiple)
-    device = denoiser.device
-    canvas_BL = torch.full((1, recipe.rollout.canvas), denoiser.family.mask_token_id, device=device)
+    device, id_B = denoiser.device, torch.zeros(1, dtype=torch.long)
+    canvas_BL, draft_BL = worker.canvases([row], id_B, step=0)
     console = Console()
     console.print(Panel(Text(str(row["prompt"])), title="prompt", title_align="left"))
     painter = _Painter(denoiser.tokenizer, denoiser.family.mask_token_id, console)
@@ -50,9 +50,10 @@ def sample(target: str, *, prompt: str | None = None, overrides: Sequence[str] =
             worker.sampler,
             prompt_BQ.to(device),
             mask_BQ.to(device),
-            canvas_BL,
-            torch.zeros(1, dtype=torch.long, device=device),
+            canvas_BL.to(device),
+            id_B.to(device),
             seed=recipe.run.seed,
+            draft_BL=draft_BL.to(device),
             on_step=painter.draw,
         ).to("cpu")
     completion_ids, completions = worker.decode(trajectory)

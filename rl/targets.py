@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from safetensors.torch import load_file
 from ..policies.denoiser import Denoiser
 from ..policies.loading import TINY, load_denoiser
 from ..recipes.loading import load_recipe
-from ..recipes.registry import RecipeError
+from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import Recipe
-from ..rewards import score
+from ..rewards import Scorer
 from ..rollouts.sampler import build_sampler
 from ..rollouts.worker import RolloutWorker
 from .checkpoints import MARKER, checkpoint_to_resume, complete_checkpoints
 from .runfolder import RunError, run_folder
-from .settings import device_of, quiet_peft
+from .settings import device_of, quiet_peft, scoring_of
 
 
 def load_policy(recipe: Recipe, path: Path | None = None) -> Denoiser:
@@ -88,10 +87,11 @@ def evaluation_worker(recipe: Recipe, denoiser: Denoiser, rewards: Any) -> Rollo
         denoiser=denoiser,
         tokenizer=denoiser.tokenizer,
         sampler=sampler,
-        scorer=partial(score, rewards),
+        scorer=Scorer(rewards, scoring_of(recipe)),
         group=1,
         canvas=recipe.rollout.canvas,
         prompt_limit=recipe.rollout.prompt_limit,
         seed=recipe.run.seed,
         micro_batch=recipe.rollout.micro_batch,
+        start=SLOTS["canvas"].build(recipe.rollout.start, "rollout.start"),
     )

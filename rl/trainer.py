@@ -22,7 +22,8 @@ from ..policies.loading import load_denoiser
 from ..policies.reference import build_reference
 from ..recipes.registry import RecipeError
 from ..recipes.tasks import Row, Rows, Stored
-from ..rewards import Reward, RewardTable, build_rewards, check_columns, score
+from ..rewards import Reward, Scorer, ScoringConfig, build_rewards, check_columns
+from ..rollouts.canvases import Start
 from ..rollouts.noise import generator
 from ..rollouts.sampler import Sampler
 from ..rollouts.worker import RolloutBatch, RolloutWorker
@@ -57,7 +58,8 @@ class UnmaskTrainer(Trainer):
     `model` is a Denoiser, a model folder, a hub id or `unmask:tiny`; `reward_funcs` are names, TRL reward functions or
     Rewards; datasets are sequences of rows with a `prompt` (or task Rows). A `peft_config` without target modules
     adapts the family's linear layers. `sampler` (at the temperature of `args`), `objective` and `advantage` default to
-    blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean. One `training_step` is one step.
+    blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean; `start` is a canvas part (default: masks).
+    One `training_step` is one step.
     """
 
     args: UnmaskConfig
@@ -78,9 +80,12 @@ class UnmaskTrainer(Trainer):
         objective: Objective | None = None,
         advantage: Callable[[Tensor, Tensor], Tensor] = advantages.group_mean,
         optim: dict[str, Any] | None = None,
+        scoring: ScoringConfig | None = None,
+        start: Callable[..., Start] | None = None,
     ) -> None:
         self.denoiser = denoiser = prepare(model, peft_config, args.seed)
-        self.rewards = _rewards(reward_funcs, args.reward_weights)
+        scoring = scoring or ScoringConfig()
+        self.rewards = _rewards(reward_funcs, args.reward_weights, scoring.allow_code_execution)
         self.rows = _as_rows(train_dataset, args.seed, "train_dataset")
         check_columns(self.rewards, self.rows.row(0))
         self.eval_rows: list[Row] | None = None
@@ -96,12 +101,13 @@ class UnmaskTrainer(Trainer):
             denoiser=denoiser,
             tokenizer=processing_class or denoiser.tokenizer,
             sampler=self.sampler,
-            scorer=self._score,
+            scorer=Scorer(self.rewards, scoring, state=lambda: self.state),
             group=args.num_generations,
             canvas=args.max_completion_length,
             prompt_limit=args.max_prompt_length,
             seed=args.seed,
             micro_batch=args.rollout_batch_size,
+            start=start,
         )
         eval_temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
         self.eval_worker = replace(self.worker, sampler=replace(eval_sampler or sampler, temperature=eval_temperature))
@@ -159,9 +165,6 @@ class UnmaskTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self.denoiser.save(output_dir or self.folder)
-
-    def _score(self, rows: Any, prompts: Any, completions: Any, completion_ids: Any) -> RewardTable:
-        return score(self.rewards, rows, prompts, completions, completion_ids, trainer_state=self.state)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return step numbers; what a step trains on follows from its number, in every process and after a resume."""
@@ -278,9 +281,9 @@ def _check_shares(args: UnmaskConfig) -> None:
         )
 
 
-def _rewards(functions: Any, weights: list[float] | None) -> list[Reward]:
+def _rewards(functions: Any, weights: list[float] | None, allow_code: bool) -> list[Reward]:
     entries = list(functions) if isinstance(functions, list | tuple) else [functions]
-    rewards = build_rewards(entries)
+    rewards = build_rewards(entries, allow_code_execution=allow_code)
     if weights is None:
         return rewards
     if len(weights) != len(rewards):

@@ -226,7 +226,7 @@ class _Run:
         """Call the denoiser; return the logits of the asked positions, these positions, and their statistics."""
         sampler, (rows_A, length) = self.sampler, state.canvas_AL.shape
         asked_AL = asked_positions(sampler.reach, state, live_A)
-        flat_K = positions_of(asked_AL, sampler.width(length) if self.static else None)
+        flat_K = positions_of(asked_AL, most_asked(sampler, self.forward.calls, length) if self.static else None)
         safe_K = flat_K.clamp(max=rows_A * length - 1)
         rows = sampler.transformed(self.forward(state, self.alive_A, asked_AL, safe_K), state, safe_K)
         uniform_K = state.uniform("draw").view(-1)[safe_K]
@@ -290,6 +290,11 @@ def asked_positions(reach: str, state: State, live_A: Tensor) -> Tensor:
     if reach == "region" and state.quota.region_BL is not None:
         asked_AL &= state.quota.region_BL
     return asked_AL | state.window_AL
+
+
+def most_asked(sampler: Sampler, step: int, length: int) -> int:
+    """Return the most positions that a row asks for at a step: the last allowed one opens the whole canvas."""
+    return length if step >= sampler.steps_allowed(length) - 1 else sampler.width(length)
 
 
 def positions_of(asked_AL: Tensor, width: int | None) -> Tensor:

@@ -118,8 +118,9 @@ class Forward:
         scale = 1 + self.guidance
 
         def guided(start: int, stop: int) -> Tensor:
-            without = free.logits(start, stop)
-            return without.lerp(rows.logits(start, stop), scale)
+            without, held = free.logits(start, stop), rows.logits(start, stop)
+            # What either call forbids has no difference: what the prompt's call says of it stands.
+            return torch.where((without == -torch.inf) | (held == -torch.inf), held, without.lerp(held, scale))
 
         return Rows(guided, rows.vocabulary)
 
@@ -156,7 +157,7 @@ class Forward:
             return self._headed(hidden_ALD.flatten(0, 1)[flat_K])
         lead_A, index_A = torch.unique(first_B[alive_A], return_inverse=True)
         lead_R = torch.searchsorted(alive_A, lead_A)
-        hidden_RLD = self._hidden(prompt_AQ, mask_AQ, state, None, lead_R)
+        hidden_RLD = self._hidden(prompt_AQ, mask_AQ, state, exists_AL, lead_R)
         return self._headed(hidden_RLD[index_A[flat_K // length], flat_K % length])
 
     def _hidden(
@@ -166,7 +167,8 @@ class Forward:
         kept = slice(None) if row_R is None else row_R
         denoiser: Any = self.denoiser
         canvas_RL = state.canvas_AL[kept]
-        ids, options = _inputs(prompt_AQ[kept], mask_AQ[kept], canvas_RL, exists_AL, self.padded)
+        exists_RL = None if exists_AL is None else exists_AL[kept]
+        ids, options = _inputs(prompt_AQ[kept], mask_AQ[kept], canvas_RL, exists_RL, self.padded)
         if not self.shadow:
             return denoiser.hidden(ids, **options)[:, -canvas_RL.shape[1] :]
         assert state.quota is not None

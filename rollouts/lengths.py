@@ -48,7 +48,7 @@ def eos_density(
     density: Literal["masked", "tail"] = "masked",
     check: int = 32,
 ) -> Resize:
-    """rho-EOS: the canvas grows while few of its masks predict EOS, and shrinks while many do (Yang et al. 2026).
+    """rho-EOS: the canvas grows while few of its masks predict EOS, and shrinks while many do (arXiv 2601.22527).
 
     rho is the share of open positions whose likeliest token is EOS (`masked`, as the paper writes), or the sum of
     p(EOS) over the last `check` positions that predict EOS, divided by `check` (`tail`, as the first released code
@@ -97,7 +97,7 @@ def insertion(
     Stage 1: `by` masks are added at the end, and nothing is decided, until the sum of p(EOS) over the last `check`
     positions that predict EOS, divided by `check`, reaches `enough`; then `margin` more. Stage 2: while that number is
     below `full`, each step replaces the least confident open position of its window by `by` masks if its confidence is
-    below `low` (Li et al. 2025). Nothing is added beyond the canvas.
+    below `low` (Li et al. 2025, arXiv 2508.00819). Nothing is added beyond the canvas.
     """
     _check_start(start, by)
     statistics, quota = _statistics(state), state.quota

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -83,9 +85,7 @@ def origin(
 
 
 @schedule.register
-def ascending(
-    masked_BL: Tensor, step_B: Tensor, open_B: Tensor, *, blocks: int = 1, state: State | None = None
-) -> Quota:
+def ascending(masked_BL: Tensor, step_B: Tensor, open_B: Tensor, *, blocks: int = 1) -> Quota:
     """ASS: step i commits 2^i positions, and the last of floor(log2 L) steps what is left (CJ-GRPO, section 4).
 
     With `blocks` b the last b - 1 steps fill a block each, from left to right, of 2^i positions and the last of what is
@@ -138,14 +138,15 @@ def dilated(
     region_BL = first_block(masked_BL, size, state)
     place_L = torch.arange(masked_BL.shape[1], device=masked_BL.device)
     offset_B = torch.zeros_like(open_B) if state is None else state.offset_A
-    round_BL = _rounds(size, base).to(masked_BL.device)[(place_L + offset_B[:, None]) % size]
+    round_BL = _rounds(size, base, masked_BL.device)[(place_L + offset_B[:, None]) % size]
     open_BL = masked_BL & region_BL
     next_B1 = torch.where(open_BL, round_BL, size).amin(dim=1, keepdim=True)
     window_BL = open_BL & (round_BL == next_B1)
     return Quota(window_BL, window_BL.sum(1), region_BL)
 
 
-def _rounds(size: int, base: int) -> Tensor:
+@cache
+def _rounds(size: int, base: int, device: torch.device) -> Tensor:
     """Return the round in which each position of a block is opened."""
     rounds: list[list[int]] = []
     stride, rest = size // base, list(range(size))
@@ -159,7 +160,7 @@ def _rounds(size: int, base: int) -> Tensor:
     table = torch.empty(size, dtype=torch.long)
     for number, positions in enumerate(rounds):
         table[positions] = number
-    return table
+    return table.to(device)
 
 
 @schedule.register
@@ -168,20 +169,20 @@ def cross_blocks(
     step_B: Tensor,
     open_B: Tensor,
     *,
-    block: int,
-    ahead: int = 1,
+    size: int,
+    ahead: int,
     per_step: int = 1,
     state: State | None = None,
 ) -> Quota:
-    """Blocks from left to right, with the `ahead` next ones open as well; `per_step` positions a step.
+    """Blocks of `size` from left to right, with the `ahead` next ones open as well; `per_step` positions a step.
 
     Cross-block decoding: what is confident behind an unfinished block need not wait for it.
     """
-    check_blocks(masked_BL.shape[1], size=block, per_step=per_step, steps=None)
+    check_blocks(masked_BL.shape[1], size=size, per_step=per_step, steps=None)
     if ahead < 0:
         raise RecipeError(f"schedule.ahead: {ahead} must be at least 0.")
-    first_BL = first_block(masked_BL, block, state)
-    wide_B1L = torch.nn.functional.pad(first_BL[:, None].float(), (ahead * block, 0))
-    region_BL = torch.nn.functional.max_pool1d(wide_B1L, ahead * block + 1, stride=1)[:, 0] > 0
+    first_BL = first_block(masked_BL, size, state)
+    wide_B1L = torch.nn.functional.pad(first_BL[:, None].float(), (ahead * size, 0))
+    region_BL = torch.nn.functional.max_pool1d(wide_B1L, ahead * size + 1, stride=1)[:, 0] > 0
     window_BL = masked_BL & region_BL
     return Quota(window_BL, window_BL.sum(1).clamp(max=per_step), region_BL)

@@ -221,8 +221,8 @@ class Sampler:
 
     def region_width(self, canvas: int) -> int:
         """Return the most positions that a region of the schedule has."""
-        size = knobs_of(self.schedule).get("size")
-        return canvas if size is None else min(size, canvas)
+        knobs = knobs_of(self.schedule)
+        return min(knobs.get("size", canvas) * (1 + knobs.get("ahead", 0)), canvas)
 
     def request(self, banned: tuple[int, ...], eos: tuple[int, ...]) -> Request:
         """Return what the statistics pass is asked for."""

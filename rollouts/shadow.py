@@ -17,8 +17,8 @@ def check_shadow(denoiser: Any) -> None:
         what = f"{type(denoiser).__name__} gives logits alone"
     elif denoiser.family.attention != "full":
         what = f"family '{denoiser.family.name}' attends to blocks"
-    elif denoiser.family.name == "modernbert":
-        what = "family 'modernbert' attends to a sliding window"
+    elif denoiser.base.config.model_type == "modernbert":
+        what = "ModernBERT attends to a sliding window"
     elif (kernel := denoiser.base.config._attn_implementation) not in ("sdpa", "eager"):
         what = f"attention {kernel} takes no mask of ours"
     if what is not None:

@@ -32,8 +32,9 @@ class Lifetimes(NamedTuple):
     @staticmethod
     def none(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Lifetimes:
         """Return an empty list."""
-        whole = torch.zeros(0, dtype=torch.long, device=device)
-        return Lifetimes(whole, whole, whole, whole, whole, whole, whole.to(dtype))
+        # Tables of their own: a checkpoint stores no two that share memory.
+        whole = {name: torch.zeros(0, dtype=torch.long, device=device) for name in Lifetimes._fields[:-1]}
+        return Lifetimes(**whole, logprob_R=torch.zeros(0, dtype=dtype, device=device))
 
     def select(self, index_B: Tensor, rows: int) -> Lifetimes:
         """Return the entries of the rollouts `index_B` of `rows`, renumbered in their order."""

@@ -24,7 +24,8 @@ from unmask.policies.loading import load_denoiser, new_denoiser
 from unmask.recipes.loading import load_methods, parse_recipe, resolve, slot_of
 from unmask.recipes.reading import shipped_recipes
 from unmask.recipes.registry import SLOTS, RecipeError
-from unmask.recipes.schema import Recipe, Section, SftRecipe
+from unmask.recipes.schema import Recipe, SftRecipe
+from unmask.recipes.sections import Section
 from unmask.rewards.building import build_rewards
 from unmask.rollouts import selection
 from unmask.rollouts.schedules import Quota

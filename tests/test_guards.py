@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("policies", "recipes", "rewards", "rl", "rollouts")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 MODULES = [path for path in FILES if path.name != "__init__.py"]
+# Runs in the sandbox only, as the interpreter's own code, and is imported by the sandbox for its reading of messages.
+MAY_EXECUTE = ("rewards/inside.py",)
 MAY_PRINT = ("recipes/minimal.py", "rl/cli.py")
 # Which folders (or single modules) a folder's modules may import.
 MAY_IMPORT = {
@@ -32,7 +34,7 @@ MAY_IMPORT = {
 }
 # A rollout batch carries the reward table, so its type, and nothing of it at run time, is known to `rollouts`.
 MAY_IMPORT_TYPES = {"rollouts": ("rewards.scoring",)}
-LIGHT = ("unmask", "unmask.recipes.tasks", "unmask.recipes.schema", "unmask.recipes.loading", "unmask.rl.cli")
+LIGHT = ("unmask", "unmask.recipes.problems", "unmask.recipes.schema", "unmask.recipes.loading", "unmask.rl.cli")
 HEAVY = ("torch", "transformers", "datasets")
 
 
@@ -233,6 +235,8 @@ def offences(path: Path) -> list[str]:
         if not isinstance(node, ast.Call):
             continue
         reason = offence(node, id(node) in forked)
+        if dotted(node.func) == "exec" and name_of(path) in MAY_EXECUTE:
+            reason = None
         if dotted(node.func) == "print" and name_of(path) not in MAY_PRINT:
             reason = "use logging"
         if reason is not None:

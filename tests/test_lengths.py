@@ -289,6 +289,14 @@ def test_a_row_does_not_depend_on_its_batch(denoiser: Denoiser, length: dict) ->
     static = run(recorder, sampler, rows=6, static=True)
     for name in ("tokens_BL", "born_BL", "steps_B", "appeared_BL", "source_BL"):
         assert torch.equal(getattr(static, name), getattr(together, name)), name
+    prompt_BQ = together.prompt_BQ[[0, 0, 0, 3, 3, 3]]
+    mask_BQ, canvas_BL = torch.ones_like(prompt_BQ, dtype=torch.bool), torch.full((6, L), MASK)
+    shared, own = (
+        denoise(recorder, sampler, prompt_BQ, mask_BQ, canvas_BL, torch.arange(6), seed=0, group_B=group_B)
+        for group_B in (torch.arange(6) // 3, None)
+    )
+    assert torch.equal(shared.tokens_BL, own.tokens_BL)
+    assert torch.equal(shared.length_BS, own.length_BS)
     alone = Trajectory.cat([together.select(torch.tensor([b])) for b in range(6)])
     assert torch.equal(alone.length_BS, together.length_BS)
     assert torch.equal(alone.exists_before(torch.arange(6), together.steps_B), exists_at_the_end(together))

@@ -15,7 +15,8 @@ from unmask.recipes import crosschecks, loading, reading
 from unmask.recipes.loading import dump_recipe, load_methods, load_recipe, parse_recipe
 from unmask.recipes.reading import apply_override, merge, parse_yaml, shipped_recipes
 from unmask.recipes.registry import SLOTS, RecipeError, coerce
-from unmask.recipes.schema import ObjectiveSection, Recipe, SamplerSection, SftRecipe
+from unmask.recipes.schema import ObjectiveSection, Recipe, SftRecipe
+from unmask.recipes.sections import SamplerSection
 
 BASE = """
 name: base
@@ -179,9 +180,12 @@ def test_shipped_recipes_have_data_with_the_columns_their_rewards_need(name: str
     assert row["prompt"] and row["reference"]
 
 
+USE = {"truth": False, "isolated": None, "limit_s": None}
+
+
 def test_a_resolved_recipe_writes_every_knob_and_field_out() -> None:
     data = yaml.safe_load(dump_recipe(base()))
-    assert data["rewards"] == [{"name": "arithmetic", "weight": 1.0, "extract": "hash"}]
+    assert data["rewards"] == [{**USE, "name": "arithmetic", "weight": 1.0, "extract": "gsm8k_hash", "rules": 1}]
     assert data["rollout"]["sampler"]["schedule"] == {"name": "blocks", "size": 16, "per_step": 2, "steps": None}
     assert data["model"]["lora"]["alpha"] == 8.0
     assert set(data) == set(Recipe.model_fields)

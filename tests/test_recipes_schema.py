@@ -13,7 +13,7 @@ import yaml
 from unmask.recipes.editor import recipe_schema, schema_text
 from unmask.recipes.loading import dump_recipe, load_recipe
 from unmask.recipes.reading import SCHEMA_FILE, apply_override, parse_yaml, shipped_recipes
-from unmask.recipes.schema import MARK
+from unmask.recipes.sections import MARK
 
 KINDS: dict[str, Any] = {
     "object": dict,

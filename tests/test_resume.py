@@ -28,6 +28,13 @@ KINDS = {
         "objective.unit=step",
         "objective.estimator={name: trace, steps: uniform_k, k: 2}",
     ],
+    "tokens taken back": [
+        "rollout.sampler.remasking={name: doubt, level: 0.9}",
+        "rollout.sampler.editing={name: token_to_token, level: 0.5, post_steps: 2}",
+        "rollout.sampler.score=sampled_confidence",
+        "objective.unit=step",
+    ],
+    "changing lengths": ["rollout.sampler.length={name: insertion, start: 4, by: 3, low: 0.9}"],
     "ratio of a rollout, frozen copy": [
         "model.lora=null",
         "optim.lr=1e-3",

@@ -35,6 +35,10 @@ def raising_factory(limit: int) -> Any:
     raise ValueError(f"limit {limit} is too small")
 
 
+def make_environment() -> Any:
+    return types.SimpleNamespace(rubric=types.SimpleNamespace(funcs=[near], weights=[1.0]))
+
+
 def unresolved(completions, scale: Missing = 1.0, **kwargs):  # type: ignore  # noqa: F821
     return [scale for _ in completions]
 
@@ -43,7 +47,7 @@ def unresolved(completions, scale: Missing = 1.0, **kwargs):  # type: ignore  # 
 def module() -> Iterator[str]:
     """A user's module of reward functions under the name `my_rewards`."""
     made = types.ModuleType("my_rewards")
-    for part in (scaled, near, make_constant, raising_factory, unresolved):
+    for part in (scaled, near, make_constant, make_environment, raising_factory, unresolved):
         setattr(made, part.__name__, part)
     vars(made).update(number=3, not_a_factory=lambda: 3)
     sys.modules["my_rewards"] = made
@@ -58,11 +62,18 @@ def test_registered_names_are_factories_with_knobs_and_weight() -> None:
     assert rewards[0].function(completions=["#### 3"], answer=["3"]) == [1.0]
 
 
+REQUIRED = {
+    "soft_length": {"limit": 100},
+    "reward_model": {"path": "nowhere"},  # which is not looked at before the first call
+    "environment": {"path": "my_rewards:make_environment"},
+}
+
+
 def test_every_registered_part_is_a_factory_without_trl_arguments() -> None:
     assert {"answer_format", "arithmetic", "countdown", "sudoku"} <= set(SLOTS["reward"])
     for name in SLOTS["reward"]:
         assert not SLOTS["reward"].knobs(name).keys() & TRL_ARGUMENTS and is_factory(SLOTS["reward"].get(name))
-        [reward] = build_rewards([name])
+        [reward] = build_rewards([{"name": name, **REQUIRED.get(name, {})}], allow_code_execution=True)
         assert not is_factory(reward.function)
 
 

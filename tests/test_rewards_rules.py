@@ -11,23 +11,24 @@ from unmask.recipes import tasks
 from unmask.recipes.registry import RecipeError
 from unmask.rewards import build_rewards
 from unmask.rewards.countdown import countdown, judge_countdown
-from unmask.rewards.formatting import answer_format, extract_answer
+from unmask.rewards.extraction import extract_answer
+from unmask.rewards.formatting import answer_format
 from unmask.rewards.mathematics import arithmetic, judge_arithmetic, parse_number
-from unmask.rewards.sudoku import is_valid, judge_sudoku, keeps_clues, nearest_share, sudoku, valid_grids
+from unmask.rewards.sudoku import completions, is_valid, judge_sudoku, keeps_clues, nearest_share, sudoku
 from unmask.rewards.verdicts import RewardError, text_of
 
 EXTRACTIONS = [
-    ("hash", "a\n#### 5", "5"),
-    ("hash", "#### 5\n#### 7", "7"),
-    ("hash", "#### 5\nand so on", "5"),
-    ("hash", "#### 5 #### 7", "7"),
-    ("hash", "1+1=2 ####  2 ", "2"),
-    ("hash", "#### 5\r\nx", "5"),
-    ("hash", "#### 5\n####", None),
-    ("hash", "### 5", None),
-    ("hash", "##### 5", None),
-    ("hash", "5", None),
-    ("hash", "", None),
+    ("gsm8k_hash", "a\n#### 5", "5"),
+    ("gsm8k_hash", "#### 5\n#### 7", "7"),
+    ("gsm8k_hash", "#### 5\nand so on", "5"),
+    ("gsm8k_hash", "#### 5 #### 7", "7"),
+    ("gsm8k_hash", "1+1=2 ####  2 ", "2"),
+    ("gsm8k_hash", "#### 5\r\nx", "5"),
+    ("gsm8k_hash", "#### 5\n####", None),
+    ("gsm8k_hash", "### 5", None),
+    ("gsm8k_hash", "##### 5", None),
+    ("gsm8k_hash", "5", None),
+    ("gsm8k_hash", "", None),
     ("answer_tag", "<answer>5</answer>", "5"),
     ("answer_tag", "<answer>4</answer><answer>\n5\n</answer> tail", "5"),
     ("answer_tag", "<answer>4 <answer>5</answer>", "5"),
@@ -141,7 +142,7 @@ def test_sudoku(text: str, puzzle: Any, value: float | None, outcome: str | None
 
 
 def test_sudoku_grids_and_partial_credit() -> None:
-    grids = valid_grids()
+    grids = list(completions("0" * 16))
     assert len(grids) == len(set(grids)) == 288 and all(is_valid(grid) for grid in grids)  # 4! x 2! x 2! x 3, known
     assert keeps_clues(SOLVED, CLUES) and not keeps_clues(OTHER, CLUES)
     one_cell_wrong = "1342243141233114"  # 9 clues stand, 7 blanks (b d e f j m n), n is wrong
@@ -203,10 +204,10 @@ def test_arithmetic(text: str, answer: Any, value: float | None, outcome: str | 
 
 
 FORMATS = [
-    ("hash", "x\n#### 5", 1.0),
-    ("hash", "#### 5\n#### 5", 0.0),
-    ("hash", "####", 0.0),
-    ("hash", "5", 0.0),
+    ("gsm8k_hash", "x\n#### 5", 1.0),
+    ("gsm8k_hash", "#### 5\n#### 5", 0.0),
+    ("gsm8k_hash", "####", 0.0),
+    ("gsm8k_hash", "5", 0.0),
     ("answer_tag", "<answer>5</answer>", 1.0),
     ("answer_tag", "<answer>5</answer></answer>", 0.0),
     ("answer_tag", "<answer><answer>5</answer>", 0.0),
@@ -292,7 +293,7 @@ def test_a_megabyte_of_markers_takes_no_time() -> None:
     ]
     start = time.perf_counter()
     for text in texts:
-        for rule in ("hash", "answer_tag", "boxed", "last_number"):
+        for rule in ("gsm8k_hash", "answer_tag", "boxed", "last_number"):
             extract_answer(text, rule)
-            judge_countdown(text, [3, 8], 11, "hash")
+            judge_countdown(text, [3, 8], 11, "gsm8k_hash")
     assert time.perf_counter() - start < 10

@@ -31,7 +31,7 @@ SCHEDULES = {
     "origin": {"name": "origin", "steps": 5},
     "ascending": {"name": "ascending", "blocks": 2},
     "dilated": {"name": "dilated", "size": 6},
-    "cross_blocks": {"name": "cross_blocks", "block": 4, "per_step": 2},
+    "cross_blocks": {"name": "cross_blocks", "size": 4, "ahead": 1, "per_step": 2},
 }
 SELECTIONS = {
     "top": {"name": "top"},
@@ -45,6 +45,7 @@ SELECTIONS = {
     "local_leap": {"name": "local_leap", "level": 0.06, "relaxed": 0.04, "radius": 1},
     "hierarchical": {"name": "hierarchical", "level": 0.06, "low": 0.04},
     "running_threshold": {"name": "running_threshold"},
+    "drafts": {"name": "drafts", "level": 0.05, "low": 2, "high": 3},
     "explore": {"name": "explore", "level": 0.05, "probes": 2, "near": 3},
     "stable": {"name": "stable", "level": 0.03, "drift": 0.5, "steps": 1},
     "slow_fast": {"name": "slow_fast", "level": 0.05, "reach": 0.03},
@@ -129,7 +130,7 @@ PAIRS = {
     *itertools.product(SCHEDULES, ["confidence"], SELECTIONS),
 }
 EVERY = [(*parts, ("stop", "none")[n % 2]) for n, parts in enumerate(sorted(PAIRS))]
-NO_CLOSED_FORM = {"entropy_budget", "plackett_luce", "running_threshold", "explore", "stable", "slow_fast"}
+NO_CLOSED_FORM = {"entropy_budget", "plackett_luce", "running_threshold", "explore", "stable", "slow_fast", "drafts"}
 KINDS = [("confidence", "top"), ("confidence", "threshold"), ("sampled_confidence", "top")]
 
 

@@ -209,6 +209,15 @@ def test_static_shapes_change_no_choice(model: Denoiser, seed: int) -> None:
     torch.testing.assert_close(static.choice_logprob_BS[:, :steps], dynamic.choice_logprob_BS, rtol=0, atol=1e-5)
 
 
+def test_the_last_allowed_step_decides_the_whole_canvas_in_static_shapes_too(model: Denoiser) -> None:
+    """Two steps for three blocks of 4: the second takes all that is left, beyond its block."""
+    blocks = {"schedule": {"name": "blocks", "size": 4, "per_step": 1}, "max_steps": 2, "eos": {"rule": "none"}}
+    dynamic, static = (rollouts(model, sampler_of("top", "confidence", **blocks), flag) for flag in (False, True))
+    assert torch.equal(dynamic.tokens_BL, static.tokens_BL)
+    assert static.logprob_BL.isfinite().all()
+    assert dynamic.steps_B.tolist() == static.steps_B.tolist() == [2] * 5
+
+
 def test_ranks_are_the_order_of_the_draws(model: Denoiser) -> None:
     """At a high temperature the recorded order has little to do with the scores, and not all rows agree with them."""
     orders = []

@@ -226,7 +226,7 @@ def test_open_blocks() -> None:
     masked_BL = torch.ones(3, 12, dtype=torch.bool)
     masked_BL[1, :4], masked_BL[1, 6] = False, False
     masked_BL[2, :8] = False
-    part = SLOTS["schedule"].build({"name": "cross_blocks", "block": 4, "ahead": 1, "per_step": 3})
+    part = SLOTS["schedule"].build({"name": "cross_blocks", "size": 4, "ahead": 1, "per_step": 3})
     quota: Quota = part(masked_BL, torch.zeros(3).long(), masked_BL.sum(1))
     assert [row.nonzero().squeeze(1).tolist() for row in quota.window_BL] == [
         list(range(8)),
@@ -234,7 +234,7 @@ def test_open_blocks() -> None:
         [8, 9, 10, 11],
     ]
     assert quota.count_B.tolist() == [3, 3, 3]
-    assert counts({"name": "cross_blocks", "block": 4, "ahead": 0, "per_step": 4}, 12) == [4, 4, 4]
+    assert counts({"name": "cross_blocks", "size": 4, "ahead": 0, "per_step": 4}, 12) == [4, 4, 4]
     assert counts({"name": "whole", "per_step": 5}, 12) == [5, 5, 2]
 
 
@@ -248,8 +248,11 @@ def test_open_blocks() -> None:
         ({"name": "ascending", "blocks": 0}, r"schedule.blocks: 0 must be at least 1"),
         ({"name": "dilated", "size": 5}, r"blocks of 5 do not divide the canvas of 12"),
         ({"name": "dilated", "size": 4, "base": 1}, r"schedule.base: 1 must be at least 2"),
-        ({"name": "cross_blocks", "block": 4, "ahead": -1}, r"schedule.ahead: -1 must be at least 0"),
-        ({"name": "cross_blocks", "block": 4, "per_step": 5}, r"per_step: 5 must lie between 1 and the block size 4"),
+        ({"name": "cross_blocks", "size": 4, "ahead": -1}, r"schedule.ahead: -1 must be at least 0"),
+        (
+            {"name": "cross_blocks", "size": 4, "ahead": 1, "per_step": 5},
+            r"per_step: 5 must lie between 1 and the block size 4",
+        ),
     ],
 )
 def test_schedules_refuse(schedule: dict, message: str) -> None:

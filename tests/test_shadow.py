@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from unmask.policies.denoiser import Denoiser
 from unmask.policies.layout import Family
 from unmask.policies.loading import new_denoiser
 from unmask.recipes.registry import SLOTS, RecipeError
-from unmask.rollouts.engine import denoise
+from unmask.rollouts.engine import LogitError, denoise
 from unmask.rollouts.sampler import Sampler, build_sampler
 from unmask.rollouts.schedules import Quota
 from unmask.rollouts.shadow import shadowed
@@ -188,6 +188,39 @@ def test_wino_ends_shares_its_first_call_and_keeps_its_shapes() -> None:
         )
         assert torch.equal(one.tokens_BL, other.tokens_BL)
         assert torch.equal(one.retracted.died_R, other.retracted.died_R)
+
+
+@dataclass
+class Stubborn:
+    """A model that predicts the same everywhere, whatever it sees."""
+
+    inner: Denoiser
+    logits_V: Tensor
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.logits_V.expand(*hidden.shape[:-1], -1).clone()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["mask", "EOS", "ties", "nan"])
+def test_wino_ends_whatever_the_model_says(kind: str, temperature: float) -> None:
+    """With ties nothing is ever supported: fewer tokens go than come at each step, so that it ends before the cap."""
+    logits_V = torch.zeros(261)
+    if kind != "ties":
+        logits_V[MASK if kind == "mask" else EOS] = torch.nan if kind == "nan" else 1e4
+    for rule in ("stop", "none"):
+        sampler = build_sampler(wino(eos={"rule": rule}), temperature=temperature)
+        if kind == "nan":
+            with pytest.raises(LogitError, match="step 0: the logits at canvas position 0 are NaN"):
+                run(Stubborn(model(1), logits_V), sampler)
+            continue
+        t = run(Stubborn(model(1), logits_V), sampler)
+        t.validate()
+        assert int(t.steps_B.max()) <= L
+        assert rule == "stop" or not (t.tokens_BL == MASK).any()
 
 
 def test_shadows_are_refused_where_there_are_none() -> None:

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 
+from unmask.recipes import problems  # noqa: F401 (registers every task)
 from unmask.recipes.registry import SLOTS, RecipeError
 from unmask.recipes.tasks import ARITHMETIC_LEVELS, Rows, split_of
 

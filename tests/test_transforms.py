@@ -282,3 +282,16 @@ def test_guidance_mixes_the_calls_with_and_without_the_prompt(toys: ModuleType, 
             assert t.logprob_BL[b, i].item() == pytest.approx(expected.item(), abs=1e-5)
     assert sampler.status == "behaviour only"
     assert "guidance" in sampler.mismatch
+
+
+def test_guidance_leaves_what_is_forbidden_forbidden(toys: ModuleType) -> None:
+    """A token of logit -inf has no difference between the two calls: its probability stays 0, the others' are mixed."""
+    toy, rows = toys.Toy(0), 200
+    with torch.no_grad():
+        toy.model.canvas[:, :, 1] = -torch.inf
+    sampler = build_sampler({"schedule": {"name": "uniform", "steps": 3}, "guidance": 1.5, "eos": {"rule": "none"}})
+    prompt_BQ = torch.tensor([[1, 3]]).expand(rows, -1)
+    mask_BQ, canvas_BL = torch.ones_like(prompt_BQ, dtype=torch.bool), torch.full((rows, toys.L), toys.MASK)
+    t = denoise(toy, sampler, prompt_BQ, mask_BQ, canvas_BL, torch.arange(rows), seed=0)
+    assert sorted(t.tokens_BL.unique().tolist()) == [0, 2]
+    assert t.logprob_BL.isfinite().all()

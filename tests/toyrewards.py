@@ -67,3 +67,9 @@ def needs_solution(completions: list[str], solution: list[str], **kwargs: Any) -
 def low(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     """The share of tokens below 128, a half for a random model."""
     return [sum(token < 128 for token in ids) / max(len(ids), 1) for ids in completion_ids]
+
+
+def anywhere(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
+    """A reward that takes the right answer wherever it stands, which a completion with every answer earns."""
+    lines = [[line.strip() for line in text.splitlines()] for text in completions]
+    return [float(f"#### {gold}" in found) for found, gold in zip(lines, answer, strict=True)]
