@@ -166,14 +166,15 @@ def share_out(
 ) -> list[tuple[list[int], int | None]]:
     """Return the forwards of a step as (rows, columns of a row), given how many columns each row computes.
 
-    Rows that compute all they have go together, as whole rows (None). Of the others the widest set the width, so they
-    make two forwards where that spares a fifth of the columns; rows without any make none. In `lockstep` it is one
-    forward whatever they compute.
+    Rows that compute all they have go together, as whole rows (None); where no row computes less, with those that
+    compute none, as without a cache. Of the others the widest set the width, so they make two forwards where that
+    spares a fifth of the columns. In `lockstep` it is one forward whatever they compute.
     """
     rows = list(range(len(counts)))
-    if all(whole):
+    idle = rows != [] and not any(counts)
+    if not idle and all(whole[row] or not counts[row] for row in rows):
         return [(rows, None)]
-    if lockstep or not any(counts):
+    if lockstep or idle:
         return [(rows, max(1, *counts))]
     full = [row for row in rows if whole[row]]
     groups: list[tuple[list[int], int | None]] = [(full, None)] if full else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import cachetoys
@@ -137,6 +139,21 @@ def test_a_batch_computes_no_column_more(name: str) -> None:
     tokens = trajectory.prompt_mask_BQ.sum(1) + L
     assert denoiser.computed == alone < int((trajectory.steps_B * tokens).sum())
     assert len(denoiser.forwards) <= 3 * max(steps)
+
+
+def test_the_documents_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All masks and the newest tokens, and everything every fourth step."""
+    text = (Path(__file__).parents[1] / "docs" / "caches.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_parts.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    denoiser, trajectory = run("llada", "my_parts:masks_only", {}, lengths=(9,))
+    told = rule(denoiser, trajectory, 0, "", {})
+    for step, forward in enumerate(denoiser.forwards):
+        ((_, columns),) = forward
+        assert (columns is None) == (step % 4 == 0)
+        if columns is not None:
+            assert set(columns) == told.canvas(told.masked(step)) | told.newest(step)
 
 
 def test_the_exact_cache_computes_a_block_at_a_time() -> None:

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from unmask.policies.blocks import additive
 from unmask.policies.store import Store
+from unmask.recipes.loading import load_samplers
 from unmask.recipes.registry import SLOTS, RecipeError
 from unmask.rl.estimators import trace
 from unmask.rl.replay import replay_all
@@ -83,6 +84,20 @@ def test_block_causal_is_exact(name: str, kind: str, static: bool) -> None:
         assert plain.retracted is not None and cached.retracted is not None
         past = plain.retracted
         assert len(past.row_R) and all(torch.equal(a, b) for a, b in zip(past[:6], cached.retracted[:6], strict=True))
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", load_samplers())
+def test_every_named_sampler_decides_the_same_behind_exact_caches(name: str, static: bool) -> None:
+    denoiser, section = cachetoys.load("sdar", ending=True), load_samplers()[name]["sampler"]
+    caches = (None, "block_causal", EVERY_STEP["dual"])
+    canvas = max(32, section["schedule"].get("size", 0)) if isinstance(section["schedule"], dict) else 32
+    try:
+        plain, cached, fresh = (rollouts(denoiser, c, canvas=canvas, section=section, static=static) for c in caches)
+    except RecipeError as error:
+        pytest.skip(f"refused: {error}")
+    assert same_tokens(plain, cached) and apart(plain, cached) <= 1e-5
+    assert same_tokens(plain, fresh) and apart(plain, fresh) == 0.0
 
 
 @pytest.mark.parametrize("kind", ["blocks", "the whole canvas", "taken back"])
@@ -233,6 +248,7 @@ def test_in_lockstep_every_step_is_one_forward(cache: str) -> None:
 def test_forwards_are_shared_out_by_width() -> None:
     assert share_out([7, 7], [True, True]) == [([0, 1], None)]
     assert share_out([], []) == [([], None)]
+    assert share_out([7, 0, 7], [True, False, True]) == [([0, 1, 2], None)], "as without a cache"
     assert share_out([4, 9, 4, 4], [False, True, False, False]) == [([1], None), ([0, 2, 3], 4)]
     assert share_out([4, 8, 4, 4], [False] * 4) == [([0, 2, 3], 4), ([1], 8)]
     assert share_out([7, 8, 7, 7], [False] * 4) == [([0, 1, 2, 3], 8)], "too little to spare"
