@@ -21,8 +21,9 @@ from unmask.recipes.loading import load_recipe
 from unmask.recipes.schema import Recipe
 from unmask.rl.memory import estimate, known_config, on_meta
 from unmask.rl.objective import build_objective
+from unmask.rollouts.engine import denoise
 from unmask.rollouts.noise import generator
-from unmask.rollouts.sampler import build_sampler, denoise
+from unmask.rollouts.sampler import build_sampler
 from unmask.rollouts.trajectory import Trajectory
 
 RECIPES = ["llada8b_lora", "dream7b_lora", "sdar4b_lora"]

@@ -334,7 +334,7 @@ DATA: list[tuple[str, str | None, list[str], list[str]]] = [
     ("empty dataset", "", [], ["rows.jsonl: the dataset is empty"]),
     ("blank lines only", "\n\n", [], ["the dataset is empty"]),
     ("malformed line", GOOD_ROW + "\n{'prompt': 1}\n", [], ["rows.jsonl:2: not a line of JSON"]),
-    ("a row that is a list", "[1]\n", [], ["rows.jsonl:1", "no column 'prompt'", "task.prompt_column"]),
+    ("a row that is a list", "[1]\n", [], ["rows.jsonl:1: holds a list; a row is an object with columns"]),
     ("prompt under another name", '{"question": "a"}\n', [], ["no column 'prompt'", "task.prompt_column"]),
     ("wrong prompt column", GOOD_ROW, ["task.prompt_column=text"], ["no column 'text'"]),
     ("missing answer", '{"prompt": "a", "anser": "1"}', [], ["needs the column 'answer'", "Did you mean 'anser'?"]),

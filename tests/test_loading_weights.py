@@ -87,8 +87,9 @@ def test_golden_logits(attention: str | None) -> None:
     assert worst(denoiser.logits(data["padded_input_ids"]), data["padded_logits"], padding_BT) > CONTROL
     denoiser.model.config.is_causal = True
     assert worst(denoiser.logits(data["input_ids"]), data["logits"]) > CONTROL
+    # Padded rows bring a mask of their own, which is followed whatever the config says.
     padded_BTV = denoiser.logits(data["padded_input_ids"], padding_mask_BT=padding_BT)
-    assert worst(padded_BTV, data["padded_logits"], padding_BT) > CONTROL
+    assert worst(padded_BTV, data["padded_logits"], padding_BT) <= TOLERANCE
 
 
 @torch.no_grad()
