@@ -166,7 +166,7 @@ class Pool:
             if not task.future.running() and not task.future.set_running_or_notify_cancel():
                 continue
             try:
-                if self._ready(task):
+                if _ready(self, task):
                     self._give(idle or self._crew.start(), task)
             except OSError as error:  # the nursery has died, or the machine is out of processes: begin anew
                 self._stop_nursery()
@@ -176,17 +176,6 @@ class Pool:
                     continue
                 with self._lock:
                     self._tasks.appendleft(task)
-
-    def _ready(self, task: _Task) -> bool:
-        """Import what a job's workers shall be forked with; tell whether that is possible."""
-        missing = [name for name in task.job.preload if name not in self._loaded]
-        if missing:
-            self._loaded |= dict.fromkeys(missing, self._crew.preload(missing))
-        reason = next((self._loaded[name] for name in task.job.preload if self._loaded[name] is not None), None)
-        if reason is not None:
-            message = f"a library it needs cannot be imported ({reason})."
-            task.future.set_exception(RewardError(_named(task.job.name, message)))
-        return reason is None
 
     def _give(self, worker: Worker, task: _Task) -> None:
         """Send a worker its next message: how to build the reward when it is new to it, else the row."""
@@ -273,6 +262,18 @@ class Pool:
         for task in tasks:
             if not task.future.done():
                 task.future.set_exception(error)
+
+
+def _ready(pool: Pool, task: _Task) -> bool:
+    """Import what a job's workers shall be forked with; tell whether that is possible."""
+    missing = [name for name in task.job.preload if name not in pool._loaded]
+    if missing:
+        pool._loaded |= dict.fromkeys(missing, pool._crew.preload(missing))
+    reason = next((pool._loaded[name] for name in task.job.preload if pool._loaded[name] is not None), None)
+    if reason is not None:
+        message = f"a library it needs cannot be imported ({reason})."
+        task.future.set_exception(RewardError(_named(task.job.name, message)))
+    return reason is None
 
 
 def _task(job: Job) -> _Task:

@@ -37,6 +37,15 @@ def pool() -> Iterator[Pool]:
     assert not live_children()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def alone() -> None:
+    """End the pools that earlier tests of this process left open: children are counted here, and pools recover."""
+    others = psutil.Process().children(recursive=True)
+    for process in others:
+        process.kill()
+    psutil.wait_procs(others, timeout=10)
+
+
 def live_children() -> list[str]:
     """Return the processes that descend from this one, zombies included (hypothesis and pytest start none)."""
     return [f"{p.pid} {p.status()}" for p in psutil.Process().children(recursive=True)]

@@ -19,6 +19,7 @@ PLAIN = ("llada_low_confidence", "fast_dllm_threshold", "rcr")  # with every cac
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-cache", action="store_true", help="every sampler with every cache: half an hour")
     parser.addoption("--sampler", action="append", default=[], help="a row of samplers.yaml, or a YAML file")
 
 
@@ -59,10 +60,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 found[name],
                 cache,
                 id=f"{name}-{cache}",
-                marks=[] if cache is None or name in quick else [pytest.mark.slow],
             )
             for name in found
             for cache in (None, *SLOTS["cache"])
+            if cache is None or name in quick or metafunc.config.getoption("--every-cache")
         ]
         metafunc.parametrize(("section", "cache"), cases)
     elif "section" in metafunc.fixturenames:
