@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from .correcting import check_density, correction_notes
+from .objectivechecks import check_objective
 from .registry import SLOTS, RecipeError
-from .schema import EvaluationSection, ObjectiveSection, Recipe, SftEvaluationSection, SftRecipe
+from .schema import EvaluationSection, Recipe, SftEvaluationSection, SftRecipe
 from .sections import SamplerSection
 
 GROUP_ADVANTAGES = {"group_mean", "group_std", "leave_one_out"}
@@ -25,9 +26,7 @@ def check_recipe(recipe: Recipe | SftRecipe) -> None:
     _check_task(recipe.task, "task")
     _check_rewards(recipe)
     _check_rollout(recipe)
-    _check_objective(recipe)
-    _check_estimator(recipe)
-    _check_reference(recipe)
+    check_objective(recipe)
     _check_optim(recipe.optim)
     _check_evaluation(recipe.evaluation, recipe.rollout.canvas, "rollout.canvas")
 
@@ -225,64 +224,6 @@ def step_limit(sampler: SamplerSection, canvas: int) -> int:
         canvas_BL[0, quota.window_BL[0].nonzero().squeeze(1)[: int(quota.count_B)]] = 0
         steps += 1
     return steps
-
-
-def _check_objective(recipe: Recipe) -> None:
-    objective = recipe.objective
-    correction = objective.correction
-    if correction.name == "none" and correction.ceiling is not None:
-        raise RecipeError("objective.correction.ceiling: has no effect with correction 'none'; name it truncated.")
-    if correction.name != "none" and objective.old == "rollout":
-        raise RecipeError(
-            "objective.correction: compares recomputed log-probs with the rollout's, but objective.old is 'rollout', "
-            "so it is 1 everywhere; set objective.old to recompute, or correction to none."
-        )
-    _probe_learning(objective)
-
-
-def _probe_learning(objective: ObjectiveSection) -> None:
-    """Call surrogate and advantage once: our parts check their knobs when they are called (a user's may be costly)."""
-    import torch
-
-    arguments = {"surrogate": (torch.zeros(2), torch.zeros(2)), "advantage": (torch.zeros(2), torch.zeros(2).long())}
-    for slot, values in arguments.items():
-        choice = getattr(objective, slot)
-        try:
-            if choice["name"] in SLOTS[slot]:
-                SLOTS[slot].build(choice, slot)(*values)
-        except RecipeError as error:
-            raise RecipeError(f"objective.{error}") from error
-
-
-def _check_estimator(recipe: Recipe) -> None:
-    from ..rl.estimators import check_steps
-
-    estimator, unit = recipe.objective.estimator, recipe.objective.unit["name"]
-    if estimator["name"] != "trace":
-        return
-    try:
-        check_steps(estimator["steps"], estimator["k"])
-    except RecipeError as error:
-        raise RecipeError(f"objective.{error}") from error
-    if estimator["steps"] == "uniform_k" and unit == "rollout":
-        raise RecipeError(
-            "objective.unit: 'rollout' needs the ratio of the whole rollout, steps 'uniform_k' scores a part of it; "
-            "use unit step or token, or steps all."
-        )
-
-
-def _check_reference(recipe: Recipe) -> None:
-    objective, lora = recipe.objective, recipe.model.lora
-    if objective.beta > 0 and objective.reference == "none":
-        raise RecipeError(
-            f"objective.reference: 'none', but objective.beta {objective.beta:g} weighs a divergence to it; "
-            "set beta to 0, or reference to auto."
-        )
-    if objective.reference == "adapter_off" and lora is None:
-        raise RecipeError(
-            "objective.reference: adapter_off needs an adapter to switch off, model.lora is null; "
-            "use frozen_copy, or give model.lora a rank."
-        )
 
 
 def _check_optim(optim: Any) -> None:

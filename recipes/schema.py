@@ -109,12 +109,14 @@ class ScoringSection(Section):
 class CorrectionSection(Section):
     """Importance correction between the rollout's log-probs and the recomputed ones."""
 
-    name: Literal["none", "truncated"] = Field("none", description="truncated: weight min(old / rollout, ceiling)")
-    ceiling: float | None = Field(None, gt=0, description="largest weight; null: 2.0 when truncated")
+    name: Literal["none", "truncated", "masked"] = Field(
+        "none", description="weight old / rollout; truncated: at most the ceiling; masked: 0 beyond it or its inverse"
+    )
+    ceiling: float | None = Field(None, gt=0, description="largest weight; null: 2.0 where there is a correction")
 
     @model_validator(mode="after")
     def _ceiling(self) -> CorrectionSection:
-        if self.name == "truncated" and self.ceiling is None:
+        if self.name != "none" and self.ceiling is None:
             self.ceiling = 2.0
         return self
 
@@ -124,7 +126,9 @@ class ObjectiveSection(Section):
 
     estimator: Annotated[Part, InSlot("estimator")] = Field(description="which views of a rollout are scored")
     unit: Annotated[Part, InSlot("unit")] = Field(description="tokens that share one importance ratio")
-    bound: Literal["sum", "mean"] = Field("sum", description="how log-ratios combine inside a unit")
+    bound: Annotated[Part, InSlot("bound")] = Field(
+        {"name": "sum"}, description="how the log-probs of a unit combine to the number whose change is its log-ratio"
+    )
     surrogate: Annotated[Part, InSlot("surrogate")] = Field(description="loss of a ratio and an advantage")
     weight: Annotated[Part, InSlot("weight")] = Field(description="weight of each scored token")
     advantage: Annotated[Part, InSlot("advantage")] = Field(description="from the rewards of a group to advantages")
@@ -132,6 +136,9 @@ class ObjectiveSection(Section):
         {"name": "k3"}, description="estimate of KL to the reference"
     )
     beta: float = Field(0.0, ge=0, description="weight of the divergence; 0 needs no reference")
+    over: Literal["token", "unit"] = Field(
+        "token", description="token: divergence of each scored token; unit: of a unit's summed estimate, by its tokens"
+    )
     reference: Literal["auto", "adapter_off", "frozen_copy", "none"] = Field(
         "auto", description="auto: none at beta 0, else adapter_off with LoRA and frozen_copy without"
     )
@@ -141,7 +148,10 @@ class ObjectiveSection(Section):
         "distributions than the policy (approximate cache, guidance, top_p)",
     )
     inner_steps: Int = Field(1, ge=1, description="optimizer steps on each batch of rollouts")
-    old: Literal["rollout", "recompute"] = Field("rollout", description="where the ratio's denominator comes from")
+    redraw: bool = Field(False, description="draw the estimator's canvases anew for each inner step")
+    old: Literal["rollout", "recompute", "none"] = Field(
+        "rollout", description="where the ratio's denominator comes from; none: 1, for surrogates without a ratio"
+    )
     chunk: Int = Field(32, ge=1, description="views of one training forward")
 
 

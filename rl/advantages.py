@@ -7,10 +7,13 @@ objective reads as "no gradient and no weight". Sums run in float64, so that equ
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..recipes.registry import SLOTS, RecipeError
+from .distributed import total
 
 advantage = SLOTS["advantage"]
 
@@ -47,6 +50,38 @@ def leave_one_out(reward_B: Tensor, group_B: Tensor) -> Tensor:
     others_B = _sum(applies_B.double(), index_B) - 1
     baseline_B = (_sum(value_B * applies_B, index_B) - value_B) / others_B.clamp(min=1)
     return _finish(torch.where(others_B > 0, value_B - baseline_B, 0.0), reward_B, applies_B)
+
+
+@advantage.register
+def batch_std(reward_B: Tensor, group_B: Tensor, *, eps: float = 1e-4) -> Tensor:
+    """(r - mean of the group) / (std over all groups of all ranks + eps) (REINFORCE++-baseline, Hu 2025)."""
+    if eps < 0:
+        raise RecipeError(f"advantage.eps: {eps} must be at least 0.")
+    value_B, applies_B, index_B = _prepare(reward_B, group_B)
+    centred_B = (value_B - _mean(value_B, applies_B, index_B)) * applies_B
+    std = math.sqrt(total(float(centred_B.square().sum())) / max(total(float(applies_B.sum())) - 1, 1))
+    return _finish(torch.where(centred_B == 0, 0.0, centred_B / (std + eps)), reward_B, applies_B)
+
+
+@advantage.register
+def softmax_pair(reward_B: Tensor, group_B: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """n (softmax(A / t) - softmax(-A / t)) over the group's n rows, A = r - mean(r) (wd1, eq. 7-8).
+
+    A mean over rollouts is then the mean over groups of what wd1 sums; 0 where all rewards are equal.
+    """
+    if not temperature > 0:
+        raise RecipeError(f"advantage.temperature: {temperature} must be positive.")
+    value_B, applies_B, index_B = _prepare(reward_B, group_B)
+    centred_B = (value_B - _mean(value_B, applies_B, index_B)) / temperature
+
+    def share(score_B: Tensor) -> Tensor:
+        score_B = torch.where(applies_B, score_B, -torch.inf)
+        top_B = torch.full_like(score_B, -torch.inf).scatter_reduce(0, index_B, score_B, "amax")[index_B]
+        power_B = torch.where(applies_B, (score_B - top_B).exp(), 0.0)
+        return power_B / _sum(power_B, index_B).clamp(min=1.0)  # the largest adds 1
+
+    pair_B = share(centred_B) - share(-centred_B)
+    return _finish(pair_B * _sum(applies_B.double(), index_B), reward_B, applies_B)
 
 
 def _prepare(reward_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -101,15 +101,13 @@ def starting_point(folder: Path, resume: str | bool | None, *, sharded: bool = F
     return checkpoint
 
 
-def plan_path(folder: Path, rank: int) -> Path:
-    """Return the file of a rank's plan inside a checkpoint."""
-    return folder / f"plan-{rank}.safetensors"
+def plan_path(folder: Path, rank: int, inner: int = 0) -> Path:
+    """Return the file of a rank's plan inside a checkpoint; `inner` counts where each inner step has one of its own."""
+    return folder / (f"plan-{rank}-{inner}.safetensors" if inner else f"plan-{rank}.safetensors")
 
 
-def save_plan(path: Path, plan: Plan | None) -> None:
-    """Write a rank's plan with its trajectory; nothing when no plan is in flight."""
-    if plan is None:
-        return
+def save_plan(path: Path, plan: Plan) -> None:
+    """Write a rank's plan with its trajectory."""
     trajectory = plan.views.trajectory
     tensors = {f"plan.{name}": value.contiguous() for name, value in plan.tensors().items()}
     constants: dict[str, Any] = {}
@@ -205,7 +203,8 @@ class PlanKeeper(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finish the checkpoint that Trainer has just written."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        save_plan(plan_path(folder, rank()), self.trainer.plan)
+        for inner, plan in enumerate(self.trainer.plans):
+            save_plan(plan_path(folder, rank(), inner), plan)
         if self.trainer.denoiser.root is not None:
             save_moments(folder, self.trainer.denoiser.model, kwargs["optimizer"])
         barrier()
@@ -215,28 +214,31 @@ class PlanKeeper(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the plan in flight and rewind the records when the run is a resumed one."""
-        checkpoint, self.trainer.plan = self.trainer.checkpoint, None
+        checkpoint, self.trainer.plans = self.trainer.checkpoint, []
         if checkpoint is not None:
             mark = {"ranks": 1, "records": {}} | json.loads((checkpoint / MARKER).read_text())
             if self.trainer.denoiser.root is not None:
                 load_sharded(checkpoint, self.trainer.denoiser, kwargs["optimizer"])
             if state.global_step % args.num_iterations:
-                self.trainer.plan = self._plan_in_flight(checkpoint, mark["ranks"])
+                self.trainer.plans = self._plans_in_flight(checkpoint, mark["ranks"])
             if rank() == 0 and checkpoint.parent.resolve() == Path(args.output_dir).resolve():
                 self.trainer.records.rewind(mark["records"])
                 # What lies after the step that is resumed from will be written again.
                 _remove(path for path in complete_checkpoints(checkpoint.parent) if _step(path) > state.global_step)
         self.trainer.begun = True
 
-    def _plan_in_flight(self, checkpoint: Path, ranks: int) -> Plan:
-        """Return this rank's plan; CheckpointReadError when the batch was shared among another number of ranks."""
+    def _plans_in_flight(self, checkpoint: Path, ranks: int) -> list[Plan]:
+        """Return this rank's plans; CheckpointReadError when the batch was shared among another number of ranks."""
         if ranks != world_size():
             raise CheckpointReadError(
                 f"{checkpoint}: only some inner steps of its batch are done, and {ranks} process(es) share it; resume "
                 f"with --nproc {ranks}, not {world_size()}."
             )
-        path = plan_path(checkpoint, rank())
-        plan = load_plan(path, self.trainer.sampler, self.trainer.denoiser.device)
-        if plan is None:
-            raise CheckpointReadError(f"{path}: missing; resume from an earlier checkpoint.")
-        return plan
+        trainer, plans = self.trainer, []
+        for inner in range(trainer.args.num_iterations if trainer.objective.redraw else 1):
+            path = plan_path(checkpoint, rank(), inner)
+            plan = load_plan(path, trainer.sampler, trainer.denoiser.device)
+            if plan is None:
+                raise CheckpointReadError(f"{path}: missing; resume from an earlier checkpoint.")
+            plans.append(plan)
+        return plans

@@ -181,7 +181,7 @@ def _status_words(section: dict[str, Any], temperature: float) -> str:
 def _objective_words(recipe: Recipe) -> str:
     o = recipe.objective
     choices = [words(choice) for choice in (o.estimator, o.unit, o.surrogate, o.weight, o.advantage)]
-    return ", ".join([*choices, f"{o.bound} in a unit", f"beta {o.beta:g} x {words(o.divergence)}"])
+    return ", ".join([*choices, f"{words(o.bound)} in a unit", f"beta {o.beta:g} x {words(o.divergence)}"])
 
 
 def print_summary(facts: dict[str, Any]) -> None:

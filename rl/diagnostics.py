@@ -31,7 +31,9 @@ def diagnose(function: LossFunction, plan: Plan, scores: Scores, *, recomputed: 
     gap_K = (trained_A - plan.behaviour_A)[:tokens].abs()
     moved_K = (scores.logprob_A - plan.old_A)[:tokens]
     clipped_U, eligible_U = _clipped(function, loss.log_ratio_U, loss.advantage_U)
-    divergence = 0.0 if loss.divergence_K is None else _sum(plan.weight_K * loss.divergence_K)
+    divergence = 0.0
+    if loss.divergence_X is not None:
+        divergence = _sum((loss.weight_U if function.over == "unit" else plan.weight_K) * loss.divergence_X)
     sums = {
         "loss": float(loss.value),
         "clipped": _sum(clipped_U),

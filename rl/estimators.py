@@ -23,6 +23,7 @@ def trace(
     *,
     rng: torch.Generator | None,
     context: Sampler | None = None,
+    inner: tuple[int, int] = (0, 1),
     steps: Literal["all", "uniform_k"] = "all",
     k: int | None = None,
     tokens: Literal["until_eos", "all"] = "until_eos",
@@ -54,7 +55,7 @@ def trace(
         views_B=torch.bincount(row_N, minlength=len(trajectory)),
         sampler=context if context is not None and context.exact_choice else None,
     )
-    return views if k is None else _uniform_k(views, k, rng)
+    return views if k is None else uniform_k(views, k, rng)
 
 
 def check_steps(steps: str, k: int | None) -> None:
@@ -67,8 +68,8 @@ def check_steps(steps: str, k: int | None) -> None:
         raise RecipeError(f"estimator.k: {k} must be at least 1; uniform_k needs the number of steps to draw.")
 
 
-def _uniform_k(views: Views, k: int, rng: torch.Generator | None) -> Views:
-    """Keep min(k, S_b) views of every rollout, uniformly without replacement."""
+def uniform_k(views: Views, k: int, rng: torch.Generator | None) -> Views:
+    """Keep min(k, S_b) views of every rollout, uniformly without replacement, with their inclusion probability."""
     assert rng is not None, "uniform_k draws and needs a generator"
     seed = int(torch.randint(2**62, (), generator=rng))
     noise_N = uniform(seed, "uniform_k", 0, views.trajectory.rollout_id_B[views.row_N], views.step_N)

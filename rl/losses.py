@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .bounds import Terms
 from .plan import Plan
 
 
@@ -17,7 +18,7 @@ class NonFiniteError(ValueError):
 
 
 class Loss(NamedTuple):
-    """The loss of some views and what it is made of, one entry a unit (U) or scored token (K)."""
+    """The loss of some views and what it is made of, one entry a unit (U); the divergence's are units or tokens (X)."""
 
     value: Tensor
     surrogate_U: Tensor
@@ -25,7 +26,15 @@ class Loss(NamedTuple):
     log_ratio_U: Tensor
     advantage_U: Tensor
     row_U: Tensor
-    divergence_K: Tensor | None
+    divergence_X: Tensor | None
+
+
+class Unit(NamedTuple):
+    """The units of some actions: the rollout and the weight of each, and how its actions make it up."""
+
+    row_U: Tensor
+    weight_U: Tensor
+    terms: Terms
 
 
 @dataclass(frozen=True)
@@ -33,66 +42,94 @@ class LossFunction:
     """The parts of an objective that turn log-probs into a loss; see `Objective` for the equation."""
 
     unit: Callable[..., Tensor]
+    bound: Callable[..., Tensor]
     surrogate: Callable[..., Tensor]
     divergence: Callable[..., Tensor]
-    bound: str
     beta: float
-    ceiling: float | None
+    over: str
+    correction: Callable[[Tensor], Tensor] | None
 
     @property
     def spans_views(self) -> bool:
-        """Whether a unit is all of a rollout, so that one chunk of views does not hold it."""
-        return bool(getattr(self.unit, "spans_views", False))
+        """Whether a unit has actions in several views, so that one chunk of views does not hold it."""
+        return bool(mark_of(self.unit, "spans_views"))
 
     def __call__(self, plan: Plan, logprob_A: Tensor) -> Loss:
         """Return the loss of the plan's actions at `logprob_A`, differentiable in it."""
-        index_A, row_U, weight_U, scale_A = self._units(plan)
-
-        def combine(value_A: Tensor) -> Tensor:
-            return torch.zeros_like(weight_U, dtype=value_A.dtype).index_add(0, index_A, value_A * scale_A)
-
-        log_ratio_U = combine(logprob_A - plan.old_A)
-        advantage_U = plan.advantage_B[row_U]
+        row_U, weight_U, terms = self.units(plan)
+        advantage_U = terms.advantage_U
+        log_ratio_U = self._change(logprob_A, plan.old_A, terms)
         surrogate_U = self.surrogate(log_ratio_U, advantage_U)
-        if self.ceiling is not None:
-            # A detached weight: the part of the ratio that the sampler's own log-probs add (truncated importance).
-            surrogate_U = surrogate_U * combine(plan.old_A - plan.behaviour_A).exp().clamp(max=self.ceiling)
+        if self.correction is not None:
+            # A detached weight: the part of the ratio that the sampler's own log-probs add.
+            surrogate_U = surrogate_U * self.correction(self._change(plan.old_A, plan.behaviour_A, terms))
         value = (weight_U * surrogate_U).sum()
-        divergence_K = None
-        if plan.reference_K is not None:
-            divergence_K = self.divergence(logprob_A[: len(plan.weight_K)], plan.reference_K)
-            value = value + self.beta * (plan.weight_K * divergence_K).sum()
+        divergence_X = None
+        if plan.reference_K is not None and self.over == "unit":
+            # Divergence of the summed estimates, a token: that of ESPO's bounds, eq. 12.
+            held_U = self.sums(plan.reference_K, terms)
+            divergence_X = self.divergence(self.sums(logprob_A, terms), held_U) / terms.count_U.clamp(min=1)
+            value = value + self.beta * (weight_U * divergence_X).sum()
+        elif plan.reference_K is not None:
+            divergence_X = self.divergence(logprob_A[: len(plan.weight_K)], plan.reference_K)
+            value = value + self.beta * (plan.weight_K * divergence_X).sum()
         # A mass of 0 means that no rank has a token to score.
         value = value / (plan.mass or 1.0)
-        return Loss(value, surrogate_U, weight_U, log_ratio_U, advantage_U, row_U, divergence_K)
+        return Loss(value, surrogate_U, weight_U, log_ratio_U, advantage_U, row_U, divergence_X)
 
-    def _units(self, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return (unit of each action, rollout of each unit, weight of each unit, factor of each action's log-ratio).
+    def sums(self, logprob_A: Tensor, terms: Terms) -> Tensor:
+        """Return the sum of factor x log-prob of each unit."""
+        return terms.total(terms.factor_A * logprob_A)
+
+    def _change(self, now_A: Tensor, then_A: Tensor, terms: Terms) -> Tensor:
+        """Return the difference of the bound between two tables of log-probs; exactly 0 between equal ones."""
+        if mark_of(self.bound, "linear"):
+            return self.bound(now_A - then_A, terms)
+        return self.bound(now_A, terms) - self.bound(then_A, terms)
+
+    def units(self, plan: Plan) -> Unit:
+        """Return the units of a plan's actions.
 
         A unit weighs the sum of its tokens' weights; a choice that is a unit by itself weighs what a token of its step
-        does on average. `mean` divides by the number of tokens. A unit that is a whole rollout has the weight and count
-        of the full estimator, and each log-ratio is divided by its inclusion probability (Horvitz-Thompson), so that
-        subsampled views leave the log-ratio of the rollout unbiased.
+        does on average; the units of a rollout that are `whole` share its mass. A unit that spans views has each
+        log-prob divided by its view's inclusion probability (Horvitz-Thompson), so that subsampled views leave its
+        log-ratio unbiased, and one that is a whole rollout counts all its tokens.
         """
         actions, views = plan.views.actions, plan.views
         units, index_A = torch.unique(self.unit(actions), return_inverse=True)
         row_U = torch.zeros_like(units).scatter_(0, index_A, actions.row_A)
         token_A = actions.token_A.to(plan.weight_K.dtype)
-        scale_A = torch.ones_like(token_A)
+        scale_A, factor_A = torch.ones_like(token_A), torch.ones_like(token_A)
+        if views.factor_K is not None:
+            draws = 1 if mark_of(self.unit, "single_draw") else views.draws
+            factor_A = views.factor_K.to(token_A.dtype) / draws
         if self.spans_views:
-            weight_U, count_U = plan.mass_B[row_U], views.count_B[row_U].to(token_A.dtype)
             scale_A = 1.0 / views.inclusion_N[actions.view_A]
+        if mark_of(self.unit, "whole"):
+            share_B = torch.bincount(row_U, minlength=len(plan.mass_B)).clamp(min=1)
+            weight_U, count_U = (plan.mass_B / share_B)[row_U], views.count_B[row_U].to(token_A.dtype)
         else:
-            count_N = torch.bincount(views.view_K, minlength=len(views))
-            weight_N = plan.weight_K.new_zeros(len(views)).index_add(0, views.view_K, plan.weight_K) / count_N
-            count_U = token_A.new_zeros(len(units)).index_add(0, index_A, token_A)
-            alone_A = (count_U[index_A] == 0) & ~actions.token_A
-            weight_A = torch.cat([plan.weight_K, plan.weight_K.new_zeros(len(token_A) - len(plan.weight_K))])
-            weight_A = torch.where(alone_A, weight_N[actions.view_A], weight_A)
-            weight_U = torch.zeros_like(count_U).index_add(0, index_A, weight_A)
-        if self.bound == "mean":
-            scale_A = scale_A / count_U.clamp(min=1)[index_A]
-        return index_A, row_U, weight_U, scale_A
+            weight_U, count_U = self._weigh(plan, index_A, len(units))
+        advantage_U = torch.zeros_like(weight_U).scatter_(0, index_A, plan.advantage_A)
+        return Unit(row_U, weight_U, Terms(index_A, scale_A, factor_A, actions.place_A, count_U, advantage_U))
+
+    @staticmethod
+    def _weigh(plan: Plan, index_A: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return weight and number of tokens of units that are no whole rollouts."""
+        actions, views = plan.views.actions, plan.views
+        token_A = actions.token_A.to(plan.weight_K.dtype)
+        count_N = torch.bincount(views.view_K, minlength=len(views))
+        weight_N = plan.weight_K.new_zeros(len(views)).index_add(0, views.view_K, plan.weight_K) / count_N
+        count_U = token_A.new_zeros(count).index_add(0, index_A, token_A)
+        alone_A = (count_U[index_A] == 0) & ~actions.token_A
+        weight_A = torch.cat([plan.weight_K, plan.weight_K.new_zeros(len(token_A) - len(plan.weight_K))])
+        weight_A = torch.where(alone_A, weight_N[actions.view_A], weight_A)
+        if views.estimated:
+            # A token on two canvases is one token.
+            place, place_A = torch.unique(actions.place_A, return_inverse=True)
+            once_A = 1.0 / torch.bincount(place_A, minlength=len(place))[place_A]
+            count_U = token_A.new_zeros(count).index_add(0, index_A, token_A * once_A)
+        return torch.zeros_like(count_U).index_add(0, index_A, weight_A), count_U
 
     def coefficients(self, plan: Plan, logprob_A: Tensor) -> Tensor:
         """Return dloss / dlogprob of every action, without a graph; NonFiniteError where anything is not finite."""
@@ -101,11 +138,17 @@ class LossFunction:
         with torch.enable_grad():
             loss = self(plan, leaf_A)
             _require_finite(plan, loss.row_U, loss.surrogate_U, "surrogate loss")
-            if loss.divergence_K is not None:
-                _require_finite(plan, plan.views.row_K, loss.divergence_K, "divergence")
+            if loss.divergence_X is not None:
+                row_X = loss.row_U if self.over == "unit" else plan.views.row_K
+                _require_finite(plan, row_X, loss.divergence_X, "divergence")
             (coefficient_A,) = torch.autograd.grad(loss.value, leaf_A)
         _require_finite(plan, plan.views.actions.row_A, coefficient_A, "loss gradient")
         return coefficient_A
+
+
+def mark_of(part: Callable[..., Any], mark: str) -> Any:
+    """Return a mark that a part carries, also where its knobs are bound."""
+    return getattr(getattr(part, "func", part), mark, None)
 
 
 def _require_finite(plan: Plan, row_X: Tensor, value_X: Tensor, what: str) -> None:

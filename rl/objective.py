@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from ..recipes.registry import SLOTS, RecipeError
 from ..rollouts.forward import LogitSource
 from ..rollouts.sampler import Sampler
 from ..rollouts.trajectory import Trajectory
-from . import divergences, estimators, surrogates, units, weights  # noqa: F401 (importing registers the parts)
+from . import blockwise, bounds, divergences, surrogates, units, weights  # noqa: F401 (importing registers parts)
+from .credit import Credit
 from .diagnostics import diagnose
 from .distributed import total
 from .losses import LossFunction
@@ -23,6 +25,9 @@ from .replay import Scores, chunks, join, replay, replay_all
 from .sharding import paced
 from .views import Views
 
+CORRECTIONS = ("none", "truncated", "masked")
+OLD = ("rollout", "recompute", "none")
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -30,14 +35,17 @@ class Objective:
 
     With units U of actions K (tokens, and where `sampled_confidence` records them the choices of positions):
 
-        loss = 1/mass [ sum_U w_U c_U surrogate(log rho_U, A_U) + beta sum_K w_K divergence_K ]
-        log rho_U = sum (bound `sum`) or mean over tokens (`mean`) of log p_now - log p_old over U
+        loss = 1/mass [ sum_U w_U c_U surrogate(log rho_U, A_U) + beta sum_X w_X divergence_X ]
+        log rho_U = bound(log p_now of U) - bound(log p_old of U)
         w_U = sum of the weights of U's tokens;  mass = what these sum to over all rollouts of all ranks
 
-    `old` is the rollout's own log-prob or one recomputed by `plan`; in the second case `correction` `truncated` sets
-    c_U = min(p_old / p_rollout, `ceiling`) over the same unit, else c_U = 1. The divergence is that of tokens alone.
-    `chunk` views share a forward and a graph; it changes memory and speed, never the gradient. Gradients of several
-    ranks are to be summed, not averaged. Dropout is up to the caller: with any, ratios of 1 are not 1.
+    `old` is the rollout's own log-prob, one recomputed by `plan`, or `none` (0: the surrogate gets the bound itself).
+    Where it is recomputed, `correction` `truncated` sets c_U = min(p_old / p_rollout, `ceiling`) over the same unit,
+    and `masked` 0 above the ceiling or below its inverse; else c_U = 1. The divergence is that of tokens, or `over` a
+    unit that of the summed estimates divided by its tokens. With `redraw` an estimator that draws does so anew for
+    each of `inner_steps`. `chunk` views share a forward and a graph; it changes memory and speed, never the gradient.
+    Gradients of several ranks are to be summed, not averaged. Dropout is up to the caller: with any, ratios of 1 are
+    not 1.
     """
 
     estimator: Callable[..., Views]
@@ -45,24 +53,29 @@ class Objective:
     surrogate: Callable[..., Tensor]
     weight: Callable[..., tuple[Tensor, Tensor]]
     divergence: Callable[..., Tensor]
-    bound: str = "sum"
+    bound: Callable[..., Tensor] = bounds.sum_
     beta: float = 0.0
+    over: str = "token"
     correction: str = "none"
     ceiling: float = 2.0
     old: str = "rollout"
+    redraw: bool = False
+    inner_steps: int = 1
     chunk: int = 32
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
-            ("bound", self.bound, ("sum", "mean")),
-            ("old", self.old, ("rollout", "recompute")),
-            ("correction", self.correction, ("none", "truncated")),
+            ("old", self.old, OLD),
+            ("correction", self.correction, CORRECTIONS),
+            ("over", self.over, ("token", "unit")),
         ):
             if value not in allowed:
                 raise RecipeError(f"objective.{name}: '{value}' is not one of {', '.join(allowed)}.")
-        if self.correction == "truncated" and self.old != "recompute":
-            raise RecipeError("objective.correction: 'truncated' weighs recomputed old log-probs; set old: recompute.")
-        if self.correction == "truncated" and not self.ceiling > 0:
+        if self.correction != "none" and self.old != "recompute":
+            raise RecipeError(
+                f"objective.correction: '{self.correction}' weighs recomputed old log-probs; set old: recompute."
+            )
+        if self.correction != "none" and not self.ceiling > 0:
             raise RecipeError(f"objective.correction.ceiling: {self.ceiling} must be positive.")
         if self.chunk < 1:
             raise RecipeError(f"objective.chunk: {self.chunk} must be at least 1 view.")
@@ -70,12 +83,15 @@ class Objective:
             raise RecipeError(f"objective.beta: {self.beta} must be at least 0.")
         # A part with impossible knobs is refused here, before anything was sampled.
         self.surrogate(torch.zeros(1), torch.ones(1))
+        one, zero = torch.ones(1), torch.zeros(1, dtype=torch.long)
+        self.bound(-one, bounds.Terms(zero, one, one, zero, one, one))
 
     @cached_property
     def loss(self) -> LossFunction:
         """The loss as a function of log-probs."""
-        ceiling = self.ceiling if self.correction == "truncated" else None
-        return LossFunction(self.unit, self.surrogate, self.divergence, self.bound, self.beta, ceiling)
+        correction = None if self.correction == "none" else partial(_corrected, name=self.correction, top=self.ceiling)
+        parts = (self.unit, self.bound, self.surrogate, self.divergence)
+        return LossFunction(*parts, self.beta, self.over, correction)
 
     @torch.no_grad()
     def plan(
@@ -83,37 +99,61 @@ class Objective:
         policy: LogitSource,
         reference: LogitSource | None,
         trajectory: Trajectory,
-        advantage_B: Tensor,
+        advantage: Credit | Tensor,
         *,
         rng: torch.Generator | None,
         sampler: Sampler,
+        inner: tuple[int, int] = (0, 1),
     ) -> Plan:
         """Return the plan of a batch: views, weights, old and reference log-probs, and the global mass.
 
-        A NaN in `advantage_B` marks a rollout whose rewards do not apply: no gradient and no mass. With beta 0 a
-        rollout of advantage 0 keeps its mass, but no forward is spent on it. Every rank must call this. Raises
-        ValueError without a behaviour log-prob (temperature 0), without the reference that beta needs, or when
+        `advantage` is `advantage_B`, or a Credit that tells steps or positions apart. A NaN in it marks a rollout whose
+        rewards do not apply: no gradient and no mass. With beta 0 views of advantage 0 keep their mass, but no forward
+        is spent on them. `inner` is (number, of how many) inner step this plan is for. Every rank must call this.
+        Raises ValueError without a behaviour log-prob (temperature 0), without the reference that beta needs, or when
         the rollouts recorded no choice of positions.
         """
-        _check_inputs(self, reference, trajectory, advantage_B, sampler)
-        applies_B = ~advantage_B.isnan()
-        views = self.estimator(trajectory, rng=rng, context=sampler)
+        credit = advantage if isinstance(advantage, Credit) else Credit(advantage)
+        _check_inputs(self, reference, trajectory, credit, sampler)
+        views = self.estimator(trajectory, rng=rng, context=sampler, inner=inner)
+        if self.old == "rollout" and views.estimated:
+            raise RecipeError("objective.old: an estimator has no log-probs of the rollout's; set recompute or none.")
+        if views.clean and policy.family.attention == "full":
+            raise RecipeError("objective.estimator: blocks behind clean blocks need a block-causal family.")
         weight_K, mass_B = self.weight(views)
-        mass_B = mass_B * applies_B
-        advantage_B = advantage_B.nan_to_num(0.0)
+        mass_B = mass_B * credit.applies_B
         mass = total(float(mass_B.double().sum()))
-        active_B = applies_B if self.beta > 0 else applies_B & (advantage_B != 0)
-        active_N = active_B[views.row_N]
-        weight_K = weight_K[active_N[views.view_K]]
-        views = views.where(active_N)
-        behaviour_A = _behaviour(views)
-        recompute = self.old == "recompute"
-        old_A = replay_all(policy, views, self.chunk).logprob_A if recompute else behaviour_A.clone()
+        advantage_A = credit.of(views)
+        views, weight_K, advantage_A = self._active(views, weight_K, advantage_A, credit)
+        old_A, behaviour_A = self._old(policy, views)
         reference_K = None
         if self.beta > 0:
             assert reference is not None
             reference_K = replay_all(reference, views, self.chunk).logprob_A[: len(weight_K)]
-        return Plan(views, advantage_B, weight_K, mass_B, behaviour_A, old_A, mass, reference_K)
+        return Plan(views, advantage_A, weight_K, mass_B, behaviour_A, old_A, mass, reference_K)
+
+    def _active(
+        self, views: Views, weight_K: Tensor, advantage_A: Tensor, credit: Credit
+    ) -> tuple[Views, Tensor, Tensor]:
+        """Leave out the views whose actions can have no gradient; a NaN advantage becomes 0."""
+        active_N = credit.applies_B[views.row_N]
+        if self.beta == 0:
+            moving_A = advantage_A.nan_to_num(0.0) != 0
+            seen_N = torch.zeros_like(active_N, dtype=torch.long).index_add(0, views.actions.view_A, moving_A.long())
+            active_N = active_N & (seen_N > 0)
+        kept_A = active_N[views.actions.view_A]
+        return views.where(active_N), weight_K[active_N[views.view_K]], advantage_A[kept_A].nan_to_num(0.0)
+
+    def _old(self, policy: LogitSource, views: Views) -> tuple[Tensor, Tensor]:
+        """Return the log-probs that the ratio divides by, and the rollout's own (those of estimated views: the old)."""
+        behaviour_A = _behaviour(views)
+        if self.old == "none":
+            old_A = torch.zeros_like(behaviour_A)
+        elif self.old == "recompute":
+            old_A = replay_all(policy, views, self.chunk).logprob_A
+        else:
+            old_A = behaviour_A.clone()
+        return old_A, old_A.clone() if views.estimated else behaviour_A
 
     def backward(self, policy: LogitSource, plan: Plan) -> dict[str, float]:
         """Add this rank's share of the loss's gradient to the parameters' `.grad` and return statistics.
@@ -144,27 +184,37 @@ def build_objective(section: Mapping[str, Any]) -> Objective:
     correction = section.get("correction") or {"name": "none"}
     if isinstance(correction, str):
         correction = {"name": correction}
-    section = {"divergence": "k3", **section}
-    slots = ("estimator", "unit", "surrogate", "weight", "divergence")
+    section = {"divergence": "k3", "bound": "sum", **section}
+    slots = ("estimator", "unit", "bound", "surrogate", "weight", "divergence")
     parts: dict[str, Any] = {slot: SLOTS[slot].build(section[slot], f"objective.{slot}") for slot in slots}
+    plain = ("beta", "over", "old", "redraw", "inner_steps", "chunk")
     return Objective(
         **parts,
         correction=correction["name"],
         ceiling=correction.get("ceiling") or 2.0,
-        **{key: section[key] for key in ("bound", "beta", "old", "chunk") if key in section},
+        **{key: section[key] for key in plain if key in section},
     )
 
 
+def _corrected(log_ratio_U: Tensor, *, name: str, top: float) -> Tensor:
+    """Return the weight of each unit from the log-ratio of its recomputed and its rollout's probability."""
+    if name == "truncated":
+        return log_ratio_U.clamp(max=math.log(top)).exp()
+    kept_U = log_ratio_U.abs() <= math.log(top)
+    return torch.where(kept_U, log_ratio_U, 0.0).exp() * kept_U
+
+
 def _check_inputs(
-    objective: Objective, reference: LogitSource | None, trajectory: Trajectory, advantage_B: Tensor, sampler: Sampler
+    objective: Objective, reference: LogitSource | None, trajectory: Trajectory, credit: Credit, sampler: Sampler
 ) -> None:
     """Raise ValueError for inputs that no plan can be made of."""
     if trajectory.temperature <= 0:
         raise RecipeError("rollout.temperature: 0 draws without a probability, so there is no ratio; set it above 0.")
-    if advantage_B.shape != (len(trajectory),):
-        raise ValueError(f"advantage: shape {tuple(advantage_B.shape)} does not fit {len(trajectory)} rollouts.")
-    if bool(advantage_B.isinf().any()):
-        row = int(advantage_B.isinf().nonzero()[0])
+    shape, infinite = tuple(credit.value.shape), credit.value.isinf()
+    if shape[:1] != (len(trajectory),) or len(shape) != (1 if credit.by == "rollout" else 2):
+        raise ValueError(f"advantage: shape {shape} does not fit {len(trajectory)} rollouts.")
+    if bool(infinite.any()):
+        row = int(infinite.nonzero()[0, 0])
         rollout = int(trajectory.rollout_id_B[row])
         raise ValueError(f"advantage: that of rollout {rollout} is infinite; check the rewards.")
     if objective.beta > 0 and reference is None:

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..rollouts.sampler import Sampler
 from ..rollouts.trajectory import Trajectory
-from .views import Views
+from .views import TOKEN_TABLES, VIEW_TABLES, Views
 
 VIEW_FIELDS = (
     *("row_N", "step_N", "inclusion_N", "view_K", "position_K", "target_K", "behaviour_K", "count_B", "views_B"),
 )
-PLAN_FIELDS = ("advantage_B", "weight_K", "mass_B", "behaviour_A", "old_A")
+PLAN_FIELDS = ("advantage_A", "weight_K", "mass_B", "behaviour_A", "old_A")
 
 
 @dataclass(frozen=True)
 class Plan:
     """Views with weights, advantages and log-probs; computed once a batch, reused by every inner step.
 
-    Shapes: A actions (`Views.actions`), K scored tokens, B rollouts. `behaviour_A` are the rollout's own log-probs,
-    `old_A` those that the ratio divides by (the same, or recomputed), `reference_K` those of the reference where a
-    divergence is weighed. `mass` is the denominator of the loss: the sum of `mass_B` over all rollouts of all ranks.
+    Shapes: A actions (`Views.actions`), K scored tokens, B rollouts. `advantage_A` is that of each action,
+    `behaviour_A` are the rollout's own log-probs, `old_A` those that the ratio divides by (the same, recomputed, or 0),
+    `reference_K` those of the reference where a divergence is weighed. `mass` is the denominator of the loss: the sum
+    of `mass_B` over all rollouts of all ranks.
     """
 
     views: Views
-    advantage_B: Tensor
+    advantage_A: Tensor
     weight_K: Tensor
     mass_B: Tensor
     behaviour_A: Tensor
@@ -42,6 +44,7 @@ class Plan:
         return replace(
             self,
             views=self.views.part(start, stop),
+            advantage_A=self.advantage_A[index_A],
             weight_K=self.weight_K[kept_K],
             behaviour_A=self.behaviour_A[index_A],
             old_A=self.old_A[index_A],
@@ -60,6 +63,8 @@ class Plan:
         """Return everything but the trajectory as named tensors, for a checkpoint."""
         saved = {name: getattr(self.views, name) for name in VIEW_FIELDS}
         saved |= {name: getattr(self, name) for name in PLAN_FIELDS}
+        saved |= self.views.optional(VIEW_TABLES + TOKEN_TABLES)
+        saved["clean"], saved["draws"] = torch.tensor(self.views.clean), torch.tensor(self.views.draws)
         saved["mass"] = torch.tensor(self.mass, dtype=torch.float64)
         if self.reference_K is not None:
             saved["reference_K"] = self.reference_K
@@ -69,6 +74,8 @@ class Plan:
     def from_tensors(trajectory: Trajectory, sampler: Sampler, saved: dict[str, Tensor]) -> Plan:
         """Return the plan that `tensors` saved; `trajectory` and `sampler` are those it was made with."""
         choices = len(saved["old_A"]) - len(saved["weight_K"])
-        views = Views(trajectory, **{name: saved[name] for name in VIEW_FIELDS}, sampler=sampler if choices else None)
+        tables: dict[str, Any] = {name: saved[name] for name in (*VIEW_FIELDS, *VIEW_TABLES, *TOKEN_TABLES) if name in saved}
+        tables |= {"clean": bool(saved["clean"]), "draws": int(saved["draws"])}
+        views = Views(trajectory, **tables, sampler=sampler if choices else None)
         mass, reference_K = float(saved["mass"]), saved.get("reference_K")
         return Plan(views, **{name: saved[name] for name in PLAN_FIELDS}, mass=mass, reference_K=reference_K)

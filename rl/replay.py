@@ -40,14 +40,14 @@ def replay(denoiser: LogitSource, views: Views) -> Scores:
     """
     trajectory, scored_NL = views.trajectory, views.scored()
     asked_NL = scored_NL if views.sampler is None else views.window()
-    row_N = views.row_N
     logits_WV = window_logits(
         denoiser,
-        trajectory.prompt_BQ[row_N],
-        trajectory.prompt_mask_BQ[row_N],
+        views.prompts(),
+        trajectory.prompt_mask_BQ[views.row_N],
         views.canvas(),
         asked_NL,
         views.exists(),
+        clean_BL=views.finished() if views.clean else None,
     )
     # Without choices every row is a scored one, and a copy of K x V numbers is saved.
     logits_KV = logits_WV if views.sampler is None else logits_WV[scored_NL[asked_NL]]

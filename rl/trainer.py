@@ -110,8 +110,8 @@ class UnmaskTrainer(Trainer):
         eval_temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
         self.eval_worker = replace(self.worker, sampler=replace(eval_sampler or sampler, temperature=eval_temperature))
         self.folder = Path(str(args.output_dir))
-        # The plan in flight; the checkpoint that `train` resumes from; whether it has been read.
-        self.plan: Plan | None = None
+        # The plans in flight, one or one an inner step; the checkpoint that `train` resumes from; whether it was read.
+        self.plans: list[Plan] = []
         self.checkpoint: Path | None = None
         self.begun, self._metrics = False, dict[str, Any]()
         super().__init__(
@@ -182,17 +182,18 @@ class UnmaskTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Collect rollouts when the last plan is used up, and add one update's gradient; returns its loss."""
+        """Collect rollouts when the last plans are used up, and add one update's gradient; returns its loss."""
         step = int(inputs["step"])
         started = time.perf_counter()
-        if self.plan is None or step % self.args.num_iterations == 0:
+        inner = step % self.args.num_iterations
+        if not self.plans or inner == 0:
             batch = self._collect(step)
             batch = batch.with_advantage(self.advantage(batch.rewards.total_B, batch.group_B))
             self._report(batch, step)
-            self.plan = self._make_plan(batch, step)
+            self.plans = self._make_plans(batch, step)
         planned = time.perf_counter()
         model.train()
-        statistics = self.objective.backward(self.denoiser, self.plan)
+        statistics = self.objective.backward(self.denoiser, self.plans[inner % len(self.plans)])
         reduce_gradients(self.denoiser.model.parameters(), average=False)
         require_finite_gradient(self.denoiser.model.parameters(), step)
         self._metrics |= {f"train/{name}": value for name, value in statistics.items() if name != "loss"}
@@ -209,20 +210,25 @@ class UnmaskTrainer(Trainer):
         with whole(self.denoiser):
             return self.worker.collect(rows, step=number, first_id=first)
 
-    def _make_plan(self, batch: RolloutBatch, step: int) -> Plan:
-        """Return the plan of a batch; every inner step reuses it."""
+    def _make_plans(self, batch: RolloutBatch, step: int) -> list[Plan]:
+        """Return the plan of a batch that every inner step reuses, or one for each where canvases are drawn anew."""
         assert batch.advantage_B is not None
-        device = self.denoiser.device
-        plan = self.objective.plan(
-            self.denoiser,
-            self.reference,
-            batch.trajectory.to(device),
-            batch.advantage_B.to(device),
-            rng=generator(self.args.seed, "estimator", step),
-            sampler=self.sampler,
-        )
-        self._metrics |= mismatch_by_step(plan, self.sampler, self.objective.old)
-        return plan
+        device, inner_steps = self.denoiser.device, self.args.num_iterations
+        trajectory, advantage_B = batch.trajectory.to(device), batch.advantage_B.to(device)
+        plans = [
+            self.objective.plan(
+                self.denoiser,
+                self.reference,
+                trajectory,
+                advantage_B,
+                rng=generator(self.args.seed, "estimator", step, inner),
+                sampler=self.sampler,
+                inner=(inner, inner_steps),
+            )
+            for inner in range(inner_steps if self.objective.redraw else 1)
+        ]
+        self._metrics |= mismatch_by_step(plans[0], self.sampler, self.objective.old)
+        return plans
 
     def _report(self, batch: RolloutBatch, step: int) -> None:
         """Add a batch's means over all ranks to the step's metrics, and store its rollouts when due."""

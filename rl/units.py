@@ -1,7 +1,9 @@
 """Units: the actions that share one importance ratio.
 
 A unit function maps the actions to one integer a unit; a unit's actions belong to one rollout. `spans_views` marks
-units that are all of a rollout's actions: their ratio needs every view, so the objective makes two passes.
+units whose actions lie in several views: their ratio needs all of these, so the objective makes two passes. Units
+marked `whole` share the weight of their rollout evenly; others weigh the sum of their tokens' weights.
+`single_draw` marks units that hold one of the estimator's draws; others average over all of them.
 """
 
 from __future__ import annotations
@@ -28,9 +30,25 @@ def step(actions: Actions) -> Tensor:
 
 
 @unit.register
+def position(actions: Actions) -> Tensor:
+    """A ratio for a canvas position, over all canvases of an estimator that score it (coupled-GRPO)."""
+    return actions.place_A
+
+
+@unit.register
+def sample(actions: Actions) -> Tensor:
+    """A ratio for each of an estimator's draws of a rollout (BGPO, eq. 6)."""
+    return actions.row_A * actions.draws + actions.sample_A
+
+
+@unit.register
 def rollout(actions: Actions) -> Tensor:
     """A ratio for a whole rollout; with bound `mean` that of GSPO (Zheng et al. 2025, eq. 7)."""
     return actions.row_A
 
 
-rollout.spans_views = True  # type: ignore[attr-defined]
+for several in (position, sample, rollout):
+    several.spans_views = True  # type: ignore[attr-defined]
+for complete in (sample, rollout):
+    complete.whole = True  # type: ignore[attr-defined]
+sample.single_draw = True  # type: ignore[attr-defined]

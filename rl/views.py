@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,16 +12,23 @@ from ..rollouts.sampler import Sampler
 from ..rollouts.state import State
 from ..rollouts.trajectory import GIVEN, Trajectory
 
+VIEW_TABLES, TOKEN_TABLES = ("hidden_NL", "prompt_hidden_NQ", "sample_N"), ("factor_K",)
+
 
 class Actions(NamedTuple):
     """The A = K + C actions of some views: K scored tokens in the order of `Views`, then C choices, one a view.
 
-    `row_A` and `view_A` say whose action it is, `token_A` is False for choices. C is 0 unless choices are scored.
+    `row_A` and `view_A` say whose action it is, `sample_A` of which of the estimator's `draws`, `place_A` at which
+    position of all canvases end to end (choices: behind them, one number each), `token_A` is False for choices. C is 0
+    unless choices are scored.
     """
 
     row_A: Tensor
     view_A: Tensor
+    sample_A: Tensor
+    place_A: Tensor
     token_A: Tensor
+    draws: int = 1
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,12 @@ class Views:
     the estimator kept the view; `count_B` tokens and `views_B` views are what it would score of a rollout if it kept
     all. `behaviour_K` are the rollout's own log-probs of the tokens. With a `sampler` each view has one more action,
     the choice of its positions (samplers.md section 1.3).
+
+    *Estimated* views show canvases that no step saw: `hidden_NL` says which of the step's tokens are under the mask,
+    and `prompt_hidden_NQ`, where given, which of the prompt's. `factor_K` is what each log-prob counts in the estimate
+    of its rollout's log-likelihood, and `sample_N` which of the estimator's `draws` a view belongs to. The rollout has
+    no log-prob of these. With `clean` a view is scored behind the clean blocks of its rollout, in one pass over
+    [x_t ; x_0] (block-causal families).
     """
 
     trajectory: Trajectory
@@ -47,6 +60,12 @@ class Views:
     count_B: Tensor
     views_B: Tensor
     sampler: Sampler | None = None
+    hidden_NL: Tensor | None = None
+    prompt_hidden_NQ: Tensor | None = None
+    factor_K: Tensor | None = None
+    sample_N: Tensor | None = None
+    draws: int = 1
+    clean: bool = False
 
     def __len__(self) -> int:
         return self.row_N.shape[0]
@@ -63,7 +82,23 @@ class Views:
         view_C = torch.arange(choices, device=self.view_K.device)
         view_A = torch.cat([self.view_K, view_C])
         token_A = torch.arange(len(view_A), device=view_A.device) < len(self.view_K)
-        return Actions(self.row_N[view_A], view_A, token_A)
+        sample_A = torch.zeros_like(view_A) if self.sample_N is None else self.sample_N[view_A]
+        length = self.trajectory.canvas
+        place_K = self.row_K * length + self.position_K
+        place_A = torch.cat([place_K, len(self.trajectory) * length + view_C])
+        return Actions(self.row_N[view_A], view_A, sample_A, place_A, token_A, self.draws)
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the canvases are an estimator's own, so that the rollout's log-probs are those of other events."""
+        return self.hidden_NL is not None
+
+    def prompts(self) -> Tensor:
+        """Return `prompt_NQ`, mask id where the estimator hides a token."""
+        prompt_NQ = self.trajectory.prompt_BQ[self.row_N]
+        if self.prompt_hidden_NQ is None:
+            return prompt_NQ
+        return prompt_NQ.masked_fill(self.prompt_hidden_NQ, self.trajectory.mask_token_id)
 
     def seen(self, table_NL: Tensor) -> Tensor:
         """Return a table of positions as the step saw them: those that its canvas had come first, in their order."""
@@ -79,6 +114,13 @@ class Views:
 
     def canvas(self) -> Tensor:
         """Return `canvas_NL`, what the denoiser saw, mask id where undecided."""
+        canvas_NL = self.trajectory.canvas_before(self.row_N, self.step_N)
+        if self.hidden_NL is not None:
+            canvas_NL.masked_fill_(self.hidden_NL, self.trajectory.mask_token_id)
+        return self.seen(canvas_NL)
+
+    def finished(self) -> Tensor:
+        """Return `tokens_NL`, the canvases without anything hidden: x_0 of the pass over [x_t ; x_0]."""
         return self.seen(self.trajectory.canvas_before(self.row_N, self.step_N))
 
     def scored(self) -> Tensor:
@@ -138,4 +180,10 @@ class Views:
             position_K=self.position_K[index_K],
             target_K=self.target_K[index_K],
             behaviour_K=self.behaviour_K[index_K],
+            **{name: value[index_N] for name, value in self.optional(VIEW_TABLES).items()},
+            **{name: value[index_K] for name, value in self.optional(TOKEN_TABLES).items()},
         )
+
+    def optional(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Return those of the named tables that these views have."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}

@@ -16,10 +16,44 @@ from .views import Views
 weight = SLOTS["weight"]
 
 
+def times_scored(views: Views) -> Tensor:
+    """Return on how many of the views each scored token is scored."""
+    place_K = views.row_K * views.trajectory.canvas + views.position_K
+    place, index_K = torch.unique(place_K, return_inverse=True)
+    return torch.bincount(index_K, minlength=len(place))[index_K]
+
+
 @weight.register
 def uniform(views: Views) -> tuple[Tensor, Tensor]:
-    """1 a token: the loss is a mean over tokens (DAPO's normaliser); long completions count for more."""
-    return 1.0 / views.inclusion_N[views.view_K], views.count_B.float()
+    """1 a token: the loss is a mean over tokens (DAPO's normaliser); long completions count for more.
+
+    A token that an estimator scores on several canvases has its share on each.
+    """
+    share_K = 1.0 / views.inclusion_N[views.view_K]
+    if views.estimated:
+        share_K = share_K / times_scored(views)
+    return share_K, views.count_B.float()
+
+
+@weight.register
+def scored_only(views: Views) -> tuple[Tensor, Tensor]:
+    """1 a token that the estimator hid and scored: a mean over masked tokens (UniGRPO, likelihood_rl.md A2).
+
+    On the rollout's own canvases every token is scored, and this is `uniform`.
+    """
+    if not views.estimated:
+        return uniform(views)
+    share_K = 1.0 / times_scored(views)
+    return share_K, torch.zeros_like(views.count_B, dtype=share_K.dtype).index_add(0, views.row_K, share_K)
+
+
+@weight.register
+def per_rollout(views: Views) -> tuple[Tensor, Tensor]:
+    """1 a rollout, shared evenly by its tokens: a mean over rollouts of the mean over their tokens (GRPO)."""
+    share_K = 1.0 / (views.inclusion_N[views.view_K] * views.count_B[views.row_K])
+    if views.estimated:
+        share_K = share_K / times_scored(views)
+    return share_K, (views.count_B > 0).float()
 
 
 @weight.register

@@ -42,13 +42,21 @@ def window_logits(
     canvas_BL: Tensor,
     positions_BL: Tensor,
     exists_BL: Tensor | None = None,
+    *,
+    clean_BL: Tensor | None = None,
 ) -> Tensor:
     """Return logits `[K, V]` of a prompt + canvas at `positions_BL`, in row-major order.
 
-    Positions outside `exists_BL` are seen by no other and counted by none.
+    Positions outside `exists_BL` are seen by no other and counted by none. With `clean_BL`, the canvas without masks,
+    every block is scored behind clean ones, in one pass over [x_t ; x_0].
     """
     positions_BT = torch.cat([torch.zeros_like(prompt_mask_BQ), positions_BL], dim=1)
     ids_BT, options = _inputs(prompt_BQ, prompt_mask_BQ, canvas_BL, exists_BL, not bool(prompt_mask_BQ.all()))
+    if clean_BL is not None:
+        assert exists_BL is None, "blocks have no length to change"
+        clean: Any = denoiser
+        clean_BT = torch.cat([prompt_BQ, clean_BL], dim=1)
+        return clean.train_logits(ids_BT, clean_BT, positions_BT=positions_BT, **options)
     return denoiser.logits(ids_BT, positions_BT=positions_BT, **options)
 
 
