@@ -98,7 +98,7 @@ def dump_recipe(recipe: Recipe | SftRecipe) -> str:
 
 @functools.cache
 def load_methods() -> dict[str, dict[str, Any]]:
-    """Return methods.yaml: for each method its `summary`, `source`, `departs` and `objective`."""
+    """Return methods.yaml: for each method its texts (`summary`, `source`, ...) and its `objective`."""
     text = resources.files(__package__).joinpath("methods.yaml").read_text(encoding="utf-8")
     return read_mapping(text, "methods.yaml")
 

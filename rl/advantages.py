@@ -65,7 +65,7 @@ def batch_std(reward_B: Tensor, group_B: Tensor, *, eps: float = 1e-4) -> Tensor
 
 @advantage.register
 def softmax_pair(reward_B: Tensor, group_B: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """n (softmax(A / t) - softmax(-A / t)) over the group's n rows, A = r - mean(r) (wd1, eq. 7-8).
+    """n (softmax(A / t) - softmax(-A / t)) over the group's n rows, A = r - mean(r) (wd1).
 
     A mean over rollouts is then the mean over groups of what wd1 sums; 0 where all rewards are equal.
     """

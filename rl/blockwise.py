@@ -26,14 +26,14 @@ def blockwise(
     inner: tuple[int, int] = (0, 1),
     size: int,
     draws: int = 2,
-    noise: float = 0.15,
+    drop: float = 0.15,
     score: Literal["hidden", "block"] = "hidden",
     tokens: Tokens = "until_eos",
 ) -> Views:
     """SPG's canvases: a block partly hidden, all later ones hidden, earlier ones clean but for noise (A5; A0.1, E5).
 
     Each of `draws` takes another block of `size` positions, in random order, and hides u ~ U{1..B_b} of its B_b tokens;
-    every token of the prompt and of earlier blocks is hidden with probability `noise`. All hidden tokens are scored,
+    every token of the prompt and of earlier blocks is hidden with probability `drop`. All hidden tokens are scored,
     each counted L / (number scored); `block` leaves out those of later blocks. `draws` forwards. Matches what a
     block-by-block sampler sees; no estimate of the ELBO.
     """
@@ -50,12 +50,12 @@ def blockwise(
     own_BML = (block_L == chosen_BM[..., None]) & frame.scored_BL[:, None]
     order_BML = frame.order(draws).masked_fill(~own_BML, trajectory.canvas).argsort(dim=2).argsort(dim=2)
     later_BML = (block_L > chosen_BM[..., None]) & frame.scored_BL[:, None]
-    noisy_BML = bernoulli(frame, torch.full_like(chosen_BM, noise, dtype=torch.float64))
+    noisy_BML = bernoulli(frame, torch.full_like(chosen_BM, drop, dtype=torch.float64))
     earlier_BML = noisy_BML & (block_L < chosen_BM[..., None])
     hidden_BML = (own_BML & (order_BML < hidden_BM[..., None])) | later_BML | earlier_BML
     scored_BML = hidden_BML if score == "hidden" else hidden_BML & ~later_BML
     factor_BM1 = frame.count_B[:, None, None] / scored_BML.sum(dim=2, keepdim=True).clamp(min=1)
-    return frame.drop_prompts(frame.views(hidden_BML, factor_BML=factor_BM1, scored_BML=scored_BML), noise)
+    return frame.drop_prompts(frame.views(hidden_BML, factor_BML=factor_BM1, scored_BML=scored_BML), drop)
 
 
 @estimator.register
@@ -160,3 +160,10 @@ def quadrature(
     factor_1M1 = (weight_M / time_M)[None, :, None]
     views = frame.views(hidden_BML, factor_BML=factor_1M1)
     return replace(views, draws=1)
+
+
+# How many canvases of a rollout each scores; see `most_canvases`.
+blockwise.canvases = lambda knobs, steps, length: knobs["draws"]  # type: ignore[attr-defined]
+block_elbo.canvases = lambda knobs, steps, length: knobs["draws"]  # type: ignore[attr-defined]
+left_to_right.canvases = lambda knobs, steps, length: min(length, knobs["k"] or length)  # type: ignore[attr-defined]
+quadrature.canvases = lambda knobs, steps, length: knobs["nodes"] * knobs["masks"]  # type: ignore[attr-defined]

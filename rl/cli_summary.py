@@ -19,6 +19,7 @@ from ..recipes.reading import SCHEMA_FILE, shipped_recipes
 from ..recipes.registry import SLOTS, RecipeError, nearest
 from ..recipes.schema import Recipe, SftRecipe
 from ..recipes.sections import SamplerSection
+from .estimators import most_canvases
 
 MACHINE = 8  # devices that `check` assumes for a sharded recipe
 SAMPLER_SLOTS = ("schedule", "score", "selection", "remasking", "editing", "transform", "length", "cache")
@@ -81,11 +82,13 @@ def _rl_facts(recipe: Recipe, nproc: int) -> dict[str, Any]:
     rollout, objective, lora = recipe.rollout, recipe.objective, recipe.model.lora
     rollouts, nfe = rollout.prompts * rollout.group, step_limit(rollout.sampler, rollout.canvas)
     trained = "all weights" if lora is None else f"LoRA rank {lora.rank}, alpha {lora.alpha:g}"
-    views = rollouts * min(nfe, objective.estimator.get("k") or nfe)
+    canvases = most_canvases(objective.estimator, nfe, rollout.canvas)
+    views = rollouts * canvases
     # One pass finds the ratios of units that span views, a second one has the gradient.
-    passes = 2 if getattr(SLOTS["unit"].get(objective.unit["name"]), "spans_views", False) else 1
+    spans = canvases > 1 and getattr(SLOTS["unit"].get(objective.unit["name"]), "spans_views", False)
     once = views * ((objective.old == "recompute") + (objective.beta > 0))
-    forwards = views * passes + (once + rollouts * nfe) / objective.inner_steps
+    fresh = once if objective.redraw else once / objective.inner_steps
+    forwards = views * (2 if spans else 1) + fresh + rollouts * nfe / objective.inner_steps
     evaluation = recipe.evaluation.sampler or rollout.sampler
     temperature = rollout.temperature if recipe.evaluation.temperature is None else recipe.evaluation.temperature
     return {
@@ -241,13 +244,15 @@ def print_methods(name: str | None) -> None:
     rows, out = load_methods(), console()
     if name is None:
         table = Table(box=None, padding=(0, 2, 0, 0))
-        for heading in ("method", "what it is", "unit", "surrogate", "weight", "advantage"):
+        for heading in ("method", "what it is", "estimator", "ratio over", "surrogate", "advantage", "forwards"):
             table.add_column(heading, overflow="fold", style="bold" if heading == "method" else "")
         for method, row in rows.items():
-            picks = [row["objective"][key] for key in ("unit", "surrogate", "weight", "advantage")]
-            table.add_row(method, row["summary"], *(p if isinstance(p, str) else p["name"] for p in picks))
+            picks = [row["objective"][key] for key in ("estimator", "unit", "surrogate", "advantage")]
+            names = [p if isinstance(p, str) else p["name"] for p in picks]
+            table.add_row(method, row["summary"], *names, row["cost"])
         out.print(table)
-        out.print("`unmask methods NAME` shows the choices of one; a recipe's `objective` overrides any of them.")
+        out.print("forwards: a rollout's, of S steps, L tokens and mu inner steps; a backward counts two.")
+        out.print("`unmask methods NAME` shows equation, bias and choices; a recipe's `objective` overrides them.")
         return
     if name not in rows:
         raise RecipeError(f"methods: unknown method '{name}'.{nearest(name, list(rows))}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -56,6 +57,18 @@ def trace(
         sampler=context if context is not None and context.exact_choice else None,
     )
     return views if k is None else uniform_k(views, k, rng)
+
+
+def most_canvases(choice: Mapping[str, Any], steps: int, length: int) -> int:
+    """Return on how many canvases at most an estimator (name and knobs) scores a rollout of `steps` steps.
+
+    A user's estimator says so by an attribute `canvases(knobs, steps, length)`; without one, one a step is assumed.
+    """
+    count = getattr(estimator.get(choice["name"]), "canvases", None)
+    return steps if count is None else count(choice, steps, length)
+
+
+trace.canvases = lambda knobs, steps, length: min(steps, knobs["k"] or steps)  # type: ignore[attr-defined]
 
 
 def check_steps(steps: str, k: int | None) -> None:

@@ -110,7 +110,7 @@ class Frame:
     def drop_prompts(self, views: Views, share: float) -> Views:
         """Return the views with each prompt token under the mask with probability `share`, stored as data."""
         if not 0 <= share < 1:
-            raise RecipeError(f"estimator.prompt_drop: {share} must lie in [0, 1).")
+            raise RecipeError(f"estimator: the share of dropped prompt tokens, {share}, must lie in [0, 1).")
         if share == 0:
             return views
         mask_BQ = self.trajectory.prompt_mask_BQ
@@ -251,3 +251,10 @@ def antithetic(
     # An empty side has nothing that its factor could count.
     factor_BM = 0.5 * (count_B1 + 1) / torch.cat([hidden_BM, count_B1 - hidden_BM], dim=1).clamp(min=1)
     return frame.views(both_BML, factor_BML=factor_BM[..., None], sample_M=m_1M[0].repeat(2), draws=draws)
+
+
+# How many canvases of a rollout each scores; see `most_canvases`.
+fully_masked.canvases = lambda knobs, steps, length: 1  # type: ignore[attr-defined]
+random_mask.canvases = lambda knobs, steps, length: knobs["draws"]  # type: ignore[attr-defined]
+coupled.canvases = lambda knobs, steps, length: 3  # type: ignore[attr-defined]
+antithetic.canvases = lambda knobs, steps, length: 2 * knobs["draws"]  # type: ignore[attr-defined]

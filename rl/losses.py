@@ -49,10 +49,18 @@ class LossFunction:
     over: str
     correction: Callable[[Tensor], Tensor] | None
 
-    @property
-    def spans_views(self) -> bool:
-        """Whether a unit has actions in several views, so that one chunk of views does not hold it."""
-        return bool(mark_of(self.unit, "spans_views"))
+    def spans_views(self, plan: Plan) -> bool:
+        """Return whether a unit has actions in several views, so that one chunk of views may not hold it."""
+        if not mark_of(self.unit, "spans_views"):
+            return False
+        actions = plan.views.actions
+        unit, index_A = torch.unique(self.unit(actions), return_inverse=True)
+        edge_U = [actions.view_A.new_zeros(len(unit)) for _ in range(2)]
+        first_U, last_U = (
+            edge.scatter_reduce(0, index_A, actions.view_A, kind, include_self=False)
+            for edge, kind in zip(edge_U, ("amin", "amax"), strict=True)
+        )
+        return bool((first_U != last_U).any())
 
     def __call__(self, plan: Plan, logprob_A: Tensor) -> Loss:
         """Return the loss of the plan's actions at `logprob_A`, differentiable in it."""
@@ -66,7 +74,7 @@ class LossFunction:
         value = (weight_U * surrogate_U).sum()
         divergence_X = None
         if plan.reference_K is not None and self.over == "unit":
-            # Divergence of the summed estimates, a token: that of ESPO's bounds, eq. 12.
+            # Divergence of the summed estimates, a token: that of ESPO's bounds.
             held_U = self.sums(plan.reference_K, terms)
             divergence_X = self.divergence(self.sums(logprob_A, terms), held_U) / terms.count_U.clamp(min=1)
             value = value + self.beta * (weight_U * divergence_X).sum()
@@ -103,14 +111,14 @@ class LossFunction:
         if views.factor_K is not None:
             draws = 1 if mark_of(self.unit, "single_draw") else views.draws
             factor_A = views.factor_K.to(token_A.dtype) / draws
-        if self.spans_views:
+        if mark_of(self.unit, "spans_views"):
             scale_A = 1.0 / views.inclusion_N[actions.view_A]
         if mark_of(self.unit, "whole"):
-            share_B = torch.bincount(row_U, minlength=len(plan.mass_B)).clamp(min=1)
-            weight_U, count_U = (plan.mass_B / share_B)[row_U], views.count_B[row_U].to(token_A.dtype)
+            share = views.draws if mark_of(self.unit, "single_draw") else 1
+            weight_U, count_U = (plan.mass_B / share)[row_U], views.count_B[row_U].to(token_A.dtype)
         else:
             weight_U, count_U = self._weigh(plan, index_A, len(units))
-        advantage_U = torch.zeros_like(weight_U).scatter_(0, index_A, plan.advantage_A)
+        advantage_U = plan.advantage_A.new_zeros(len(units)).scatter_(0, index_A, plan.advantage_A)
         return Unit(row_U, weight_U, Terms(index_A, scale_A, factor_A, actions.place_A, count_U, advantage_U))
 
     @staticmethod

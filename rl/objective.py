@@ -164,7 +164,7 @@ class Objective:
         NonFiniteError, before the backward of the chunk concerned, where a log-prob, loss or coefficient is not finite.
         """
         coefficient_A: Tensor | None = None
-        if self.loss.spans_views:
+        if self.loss.spans_views(plan):
             coefficient_A = self.loss.coefficients(plan, replay_all(policy, plan.views, self.chunk).logprob_A)
         collected: list[Scores] = []
         for start, stop in paced(policy, chunks(plan.views, self.chunk)):

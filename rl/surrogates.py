@@ -39,7 +39,7 @@ def ppo_clip(log_ratio_U: Tensor, advantage_U: Tensor, *, low: float = 0.2, high
 def dual_clip(
     log_ratio_U: Tensor, advantage_U: Tensor, *, low: float = 0.2, high: float = 0.2, ceiling: float = 3.0
 ) -> Tensor:
-    """`ppo_clip`, and for negative advantages at most -ceiling A (Ye et al. 2020, eq. 5): rho there is bounded too."""
+    """`ppo_clip`, and for negative advantages at most -ceiling A (Ye et al. 2020): rho there is bounded too."""
     if not 1 + high < ceiling < math.inf:
         raise RecipeError(f"surrogate.ceiling: {ceiling} must be finite and above 1 + high, {1 + high}.")
     bounded_U = torch.where(advantage_U < 0, log_ratio_U.clamp(max=math.log(ceiling)), log_ratio_U)
@@ -48,7 +48,7 @@ def dual_clip(
 
 @surrogate.register
 def cispo(log_ratio_U: Tensor, advantage_U: Tensor, *, high: float = 1.28) -> Tensor:
-    """-stop(min(rho, high)) A log rho (MiniMax-M1 2025, eq. 4-5): every unit has a gradient, its weight is bounded."""
+    """-stop(min(rho, high)) A log rho (MiniMax-M1, 2025): every unit has a gradient, its weight is bounded."""
     if not 0 < high < math.inf:
         raise RecipeError(f"surrogate.high: {high} must be positive and finite, it is the largest weight.")
     return -log_ratio_U.detach().clamp(max=math.log(high)).exp() * advantage_U * log_ratio_U

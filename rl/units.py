@@ -1,7 +1,8 @@
 """Units: the actions that share one importance ratio.
 
 A unit function maps the actions to one integer a unit; a unit's actions belong to one rollout. `spans_views` marks
-units whose actions lie in several views: their ratio needs all of these, so the objective makes two passes. Units
+units whose actions may lie in several views: where they do, their ratio needs all of these, and the objective makes two
+passes. Units
 marked `whole` share the weight of their rollout evenly; others weigh the sum of their tokens' weights.
 `single_draw` marks units that hold one of the estimator's draws; others average over all of them.
 """
@@ -37,7 +38,7 @@ def position(actions: Actions) -> Tensor:
 
 @unit.register
 def sample(actions: Actions) -> Tensor:
-    """A ratio for each of an estimator's draws of a rollout (BGPO, eq. 6)."""
+    """A ratio for each of an estimator's draws of a rollout (BGPO)."""
     return actions.row_A * actions.draws + actions.sample_A
 
 
