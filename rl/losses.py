@@ -48,6 +48,7 @@ class LossFunction:
     beta: float
     over: str
     correction: Callable[[Tensor], Tensor] | None
+    absolute: bool = False
 
     def spans_views(self, plan: Plan) -> bool:
         """Return whether a unit has actions in several views, so that one chunk of views may not hold it."""
@@ -66,7 +67,8 @@ class LossFunction:
         """Return the loss of the plan's actions at `logprob_A`, differentiable in it."""
         row_U, weight_U, terms = self.units(plan)
         advantage_U = terms.advantage_U
-        log_ratio_U = self._change(logprob_A, plan.old_A, terms)
+        # Without an old policy the surrogate gets the bound itself: that of zeros need not be 0.
+        log_ratio_U = self.bound(logprob_A, terms) if self.absolute else self._change(logprob_A, plan.old_A, terms)
         surrogate_U = self.surrogate(log_ratio_U, advantage_U)
         if self.correction is not None:
             # A detached weight: the part of the ratio that the sampler's own log-probs add.

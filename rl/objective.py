@@ -91,7 +91,7 @@ class Objective:
         """The loss as a function of log-probs."""
         correction = None if self.correction == "none" else partial(_corrected, name=self.correction, top=self.ceiling)
         parts = (self.unit, self.bound, self.surrogate, self.divergence)
-        return LossFunction(*parts, self.beta, self.over, correction)
+        return LossFunction(*parts, self.beta, self.over, correction, absolute=self.old == "none")
 
     @torch.no_grad()
     def plan(
