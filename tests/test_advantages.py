@@ -44,6 +44,25 @@ def test_leave_one_out_by_hand() -> None:
     close(advantage("leave_one_out"), [0.5, -2.0, -0.75, NAN, -0.75, 2.0, 0.5, 0.5])
 
 
+def test_batch_std_by_hand() -> None:
+    """Centred in each group, 0.4 -1 -0.6 -0.6 1 0.4 0.4, divided by one standard deviation of all seven."""
+    std = math.sqrt((3 * 0.16 + 2 * 1.0 + 2 * 0.36) / 6)
+    expected = [value / std for value in (0.4, -1.0, -0.6, NAN, -0.6, 1.0, 0.4, 0.4)]
+    close(advantage("batch_std", eps=0.0), expected)
+
+
+def test_softmax_pair_by_hand() -> None:
+    """Group 2 has A = -1 and 1: softmax(A) - softmax(-A) = -+tanh(1), times its two rows; NaN rows have no share."""
+    found = advantage("softmax_pair")
+    assert found[[1, 5]].tolist() == pytest.approx([-2 * math.tanh(1), 2 * math.tanh(1)])
+    up, down = math.exp(0.4), math.exp(-0.6)
+    plus, minus = up / (3 * up + 2 * down), (1 / up) / (3 / up + 2 / down)
+    assert found[0].item() == pytest.approx(5 * (plus - minus))
+    assert advantage("softmax_pair", temperature=1e-3)[[1, 5]].tolist() == pytest.approx([-2, 2])
+    with pytest.raises(RecipeError, match=r"advantage\.temperature: 0\.0"):
+        advantage("softmax_pair", temperature=0.0)
+
+
 @pytest.mark.parametrize("name", list(SLOTS["advantage"]))
 class TestEvery:
     def test_groups_sum_to_zero(self, name: str) -> None:

@@ -281,6 +281,27 @@ def test_update_is_the_published_one(name: str) -> None:
     assert any(np.abs(g).max() > 1e-4 for g in gradient), "a gradient of nothing shows nothing"
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_first_inner_step_has_ratio_one(name: str) -> None:
+    """P14, P16: also with a divergence at a single inner step; and chunks change nothing (P8, P13)."""
+    objective, plan, toys = update(name, BATCH)
+    statistics = objective.backward(toys["old"], plan)
+    if plan.old_A.any():
+        assert statistics["ratio_max_deviation"] == 0.0
+    whole = toys["old"].gradient()
+    replace(objective, chunk=2).backward(toys["old"], plan)
+    torch.testing.assert_close(toys["old"].gradient(), whole, rtol=1e-9, atol=1e-12)
+
+
+def test_masked_and_truncated_corrections_by_hand() -> None:
+    """Weights of units whose recomputed probability is 0.25, 1, 1.5 and 4 times the rollout's."""
+    from unmask.rl.objective import _corrected
+
+    log_ratio_U = torch.tensor([0.25, 1.0, 1.5, 4.0]).log()
+    assert _corrected(log_ratio_U, name="truncated", top=2.0).tolist() == pytest.approx([0.25, 1.0, 1.5, 2.0])
+    assert _corrected(log_ratio_U, name="masked", top=2.0).tolist() == pytest.approx([0.0, 1.0, 1.5, 0.0])
+
+
 def note_rates(case: Case, plan: Plan) -> None:
     """Give the formula the masking rate that was drawn: factors of the first complement are 1 / (2 rate)."""
     views = plan.views

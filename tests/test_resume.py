@@ -42,6 +42,10 @@ KINDS = {
         "objective.beta=0.05",
     ],
     "muon": ["optim.optimizer=muon"],
+    "canvases drawn anew for each inner step": [
+        "method=coupled_grpo",
+        "objective={inner_steps: 3, beta: 0.05, chunk: 7}",
+    ],
 }
 
 

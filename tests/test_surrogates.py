@@ -67,6 +67,51 @@ def test_impossible_clips_are_refused(knobs: dict[str, float]) -> None:
         SLOTS["surrogate"].build({"name": "ppo_clip", **knobs})(torch.zeros(1), torch.zeros(1))
 
 
+def test_dual_clip_bounds_what_a_bad_unit_can_cost() -> None:
+    """As ppo_clip, but for A < 0 the ratio counts 3 at most, with gradient 0 beyond."""
+    choice = {"name": "dual_clip", "low": 0.2, "high": 0.3, "ceiling": 3.0}
+    for ratio, advantage, loss, slope in CLIPPED:
+        assert loss_and_slope(choice, ratio, advantage) == pytest.approx((loss, slope), abs=1e-12)
+    assert loss_and_slope(choice, 2.9, -2.0) == pytest.approx((5.8, 5.8), abs=1e-12)
+    assert loss_and_slope(choice, 50.0, -2.0) == pytest.approx((6.0, 0.0), abs=1e-12)
+
+
+def test_cispo_weighs_by_a_bounded_ratio_and_never_drops_a_unit() -> None:
+    choice = {"name": "cispo", "high": 1.28}
+    assert loss_and_slope(choice, 0.5, 2.0) == pytest.approx((-0.5 * 2 * math.log(0.5), -1.0), abs=1e-12)
+    assert loss_and_slope(choice, 4.0, 2.0) == pytest.approx((-1.28 * 2 * math.log(4), -2.56), abs=1e-12)
+    assert loss_and_slope(choice, 4.0, -1.0)[1] == pytest.approx(1.28, abs=1e-12)
+
+
+def test_linear_bound_is_finite_below_the_ratio_and_tangent_at_one() -> None:
+    """P10: 1 + D directly; -A (1 + D) bounds -A exp(D) from above for A >= 0, and equals it with its slope at D = 0."""
+    for advantage in (2.0, -2.0):
+        assert loss_and_slope("linear_bound", 1.0, advantage) == pytest.approx((-advantage, -advantage), abs=1e-12)
+    for log_ratio in (-30.0, -1.0, -0.5, 0.7, 5.0):
+        leaf_U = torch.tensor([log_ratio], dtype=torch.float64, requires_grad=True)
+        good_U = SLOTS["surrogate"].build("linear_bound")(leaf_U, torch.ones(1, dtype=torch.float64))
+        assert good_U.item() == pytest.approx(-(1 + log_ratio)) and good_U.item() >= -math.exp(log_ratio)
+        bad_U = SLOTS["surrogate"].build("linear_bound")(leaf_U, -torch.ones(1, dtype=torch.float64))
+        assert bad_U.item() == pytest.approx(min(math.exp(log_ratio), 3.0))
+
+
+def test_weighted_likelihood_is_linear() -> None:
+    assert loss_and_slope("weighted_likelihood", 0.25, 2.0) == pytest.approx((-2 * math.log(0.25), -2.0), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("choice", "match"),
+    [
+        ({"name": "dual_clip", "ceiling": 1.1}, "surrogate.ceiling: 1.1"),
+        ({"name": "cispo", "high": 0.0}, "surrogate.high: 0.0"),
+        ({"name": "linear_bound", "ceiling": 1.0}, "surrogate.ceiling: 1.0"),
+    ],
+)
+def test_impossible_bounds_are_refused(choice: dict[str, object], match: str) -> None:
+    with pytest.raises(RecipeError, match=match):
+        SLOTS["surrogate"].build(choice)(torch.zeros(1), torch.zeros(1))
+
+
 @pytest.mark.parametrize(("name", "value"), [("k1", 0.5), ("k2", 0.125), ("k3", math.exp(-0.5) - 1 + 0.5)])
 def test_divergences_by_hand(name: str, value: float) -> None:
     """log p = -1, log p_ref = -1.5."""
