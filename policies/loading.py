@@ -49,6 +49,7 @@ CLASSES: dict[str, tuple[Any, Any]] = {
     "glm4_moe": (Glm4MoeConfig, Glm4MoeForCausalLM),
     "modernbert": (ModernBertConfig, ModernBertForMaskedLM),
 }
+ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 FP32 = ("e_score_correction_bias",)  # decides between experts, whose order bfloat16 would change
 
 
@@ -268,6 +269,8 @@ def read_state(folder: Path, layout: Layout, config: Any, dtype: torch.dtype, de
 
 def _fill(model: Any, state: dict[str, Tensor], config: Any, device: str) -> None:
     """Give a model on the meta device its weights and buffers, without a second copy."""
+    # Tensors mapped from a file begin anywhere in it, and a CPU's products depend on that in their last bits.
+    state = {key: value if value.data_ptr() % ALIGNMENT == 0 else value.clone() for key, value in state.items()}
     # A tied head is not stored; every other name has been checked.
     model.load_state_dict(state, assign=True, strict=False)
     if config.tie_word_embeddings:
