@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedTokenizerBase
+from transformers import Cache, LlamaModel, PreTrainedTokenizerBase
 
 from .blocks import BlockCache, additive, block_ids, block_mask, doubled_mask, hide_padding, positions
 from .layout import CheckpointError, Family
 from .store import Store
 
-
-@lru_cache
-def cache_argument(trunk: type) -> str:
-    """Return what a trunk's forward calls its keys and values: `cache` from transformers 5.24 on."""
-    return "cache" if "cache" in signature(trunk.forward).parameters else "past_key_values"
+# What a forward calls the keys and values it is given: renamed in all models by transformers 5.24.
+CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 @dataclass
@@ -191,9 +187,10 @@ class Denoiser:
             # Ranks that share weights take part in every forward, and models want a row.
             return self._trunk(input_ids_BT.new_zeros(1, input_ids_BT.shape[1]), None, None)[:0]
         # Whether keys are kept is the config's use_cache, which loading switches off; encoders know no such argument.
-        trunk, inputs = self.base.base_model, {"input_ids": input_ids_BT, "attention_mask": mask}
+        trunk = self.base.base_model
+        inputs: dict[str, Any] = {"input_ids": input_ids_BT, "attention_mask": mask}
         if kept is not None:
-            inputs[cache_argument(type(trunk))] = kept
+            inputs[CACHE] = kept
         return self._inside(lambda: trunk(position_ids=position_BT, **inputs).last_hidden_state)
 
     def _attention(self, mask: Tensor) -> Tensor:
