@@ -92,6 +92,16 @@ def block_ids(family: Family, position_BT: Tensor, padding_mask_BT: Tensor | Non
     return block_BT if padding_mask_BT is None else block_BT.masked_fill(~padding_mask_BT.bool(), PADDING)
 
 
+def place_in_block(family: Family, padding_mask_BT: Tensor) -> Tensor | None:
+    """Return how many columns of its block precede each column, or None with full attention."""
+    position_BT, block_BT = places(family, padding_mask_BT)
+    if block_BT is None:
+        return None
+    if family.alignment == "left_pad_to_block":
+        position_BT = torch.arange(position_BT.shape[1], device=position_BT.device).expand(position_BT.shape)
+    return position_BT % (family.block_length or 1)
+
+
 def places(family: Family, padding_mask_BT: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return position and block of every column as `Denoiser.hidden` counts them; no blocks with full attention."""
     device = padding_mask_BT.device

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import Cache, LlamaModel, PreTrainedTokenizerBase
 
 from .blocks import BlockCache, additive, block_ids, block_mask, doubled_mask, hide_padding, positions
 from .layout import CheckpointError, Family
 from .store import Store
+
+# What a forward calls the keys and values it is given: renamed in all models by transformers 5.24.
+CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 @dataclass
@@ -63,7 +67,6 @@ class Denoiser:
         `attention_BTT` (true where a query may attend), rows are the raw model's: where the family shifts logits, that
         of column i - 1 scores the token at i.
         """
-        kept = {} if store is None else {"past_key_values": store}
         if attention_BTT is not None:
             return self._trunk(input_ids_BT, self._attention(attention_BTT[:, None]), position_ids_BT)
         if self.family.attention == "full":
@@ -71,7 +74,7 @@ class Denoiser:
                 raise CheckpointError(f"cache: family '{self.family.name}' attends to the whole canvas; none is exact.")
             # Without padding the mask stays None, the only form in which SDPA may use its flash kernel.
             mask = None if padding_mask_BT is None else hide_padding(self.base.config, padding_mask_BT, self._attention)
-            return self._aligned(self._trunk(input_ids_BT, mask, position_ids_BT, **kept))
+            return self._aligned(self._trunk(input_ids_BT, mask, position_ids_BT, store))
         if commit and cache is None:
             raise CheckpointError("commit: there is no cache to commit to; pass cache=denoiser.new_cache().")
         start_B = None if cache is None else cache.next_B
@@ -82,7 +85,7 @@ class Denoiser:
         block_BT = block_ids(self.family, position_BT, padding_mask_BT, stored)
         if cache is None:
             mask = block_mask(block_BT, block_BT)
-            return self._aligned(self._trunk(input_ids_BT, self._attention(mask), position_BT, **kept))
+            return self._aligned(self._trunk(input_ids_BT, self._attention(mask), position_BT, store))
         return self._cached(input_ids_BT, block_BT, position_BT, cache, commit, padding_mask_BT is not None)
 
     def columns(self, input_ids_BC: Tensor, position_ids_BC: Tensor, mask_B1CK: Tensor, store: Store) -> Tensor:
@@ -91,7 +94,7 @@ class Denoiser:
         `mask_B1CK` is true where a column may attend. Rows are the raw model's: where the family shifts logits, that of
         column i - 1 scores the token at i.
         """
-        return self._trunk(input_ids_BC, self._attention(mask_B1CK), position_ids_BC, past_key_values=store)
+        return self._trunk(input_ids_BC, self._attention(mask_B1CK), position_ids_BC, store)
 
     def logits(
         self,
@@ -177,12 +180,17 @@ class Denoiser:
 
         save_denoiser(self, directory, layout=layout)
 
-    def _trunk(self, input_ids_BT: Tensor, mask: Tensor | None, position_BT: Tensor | None, **cached: Any) -> Tensor:
+    def _trunk(
+        self, input_ids_BT: Tensor, mask: Tensor | None, position_BT: Tensor | None, kept: Cache | None = None
+    ) -> Tensor:
         if not len(input_ids_BT):
             # Ranks that share weights take part in every forward, and models want a row.
             return self._trunk(input_ids_BT.new_zeros(1, input_ids_BT.shape[1]), None, None)[:0]
         # Whether keys are kept is the config's use_cache, which loading switches off; encoders know no such argument.
-        trunk, inputs = self.base.base_model, {"input_ids": input_ids_BT, "attention_mask": mask, **cached}
+        trunk = self.base.base_model
+        inputs: dict[str, Any] = {"input_ids": input_ids_BT, "attention_mask": mask}
+        if kept is not None:
+            inputs[CACHE] = kept
         return self._inside(lambda: trunk(position_ids=position_BT, **inputs).last_hidden_state)
 
     def _attention(self, mask: Tensor) -> Tensor:
@@ -211,7 +219,7 @@ class Denoiser:
             key_BK = block_BT if cache.block_BK is None else torch.cat([cache.block_BK, block_BT], dim=1)
             mask = self._attention(block_mask(block_BT, key_BK))
         before = cache.last_B1D
-        raw = self._trunk(input_ids_BT, mask, position_BT, past_key_values=cache.keys)
+        raw = self._trunk(input_ids_BT, mask, position_BT, cache.keys)
         if columns:
             cache.store(block_BT, position_BT, raw, columns)
         return self._aligned(raw, before)

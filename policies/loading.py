@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from .denoiser import Denoiser
 from .layout import CheckpointError, Family, Layout
 from .quantization import check_quantization, quantized
 from .resolving import check_config, find_layout, read_config, resolve_family
+from .rope import rescale
 from .saving import INDEX, TIED, llada_vendor_config
 from .selfcheck import self_check
 from .tokenizers import byte_tokenizer, check_mask_token, load_tokenizer, read_tokenizer
@@ -49,6 +49,7 @@ CLASSES: dict[str, tuple[Any, Any]] = {
     "glm4_moe": (Glm4MoeConfig, Glm4MoeForCausalLM),
     "modernbert": (ModernBertConfig, ModernBertForMaskedLM),
 }
+ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 FP32 = ("e_score_correction_bias",)  # decides between experts, whose order bfloat16 would change
 
 
@@ -143,7 +144,7 @@ def load_denoiser(
         check_quantization(quantization)
     config = stock_config(layout, vendor, attention)
     if context is not None:
-        config.rope_parameters["rope_theta"] = ntk_theta(config, context)
+        vendor = rescale(config, layout, vendor, context)
     torch_dtype = getattr(torch, dtype)
     with torch.device("meta"):
         model = stock_classes(layout, vendor)[1](config).to(torch_dtype)
@@ -161,20 +162,6 @@ def load_denoiser(
     denoiser = Denoiser(model.eval(), resolved, tokenizer, vendor)
     self_check(denoiser)
     return denoiser
-
-
-def ntk_theta(config: Any, context: int) -> float:
-    """Return RoPE's base for `context` tokens: theta x ceil((context / 2 pi)^(d / d_c) / theta).
-
-    d is the head's dimension and d_c = 2 ceil(d/2 log_theta(trained / 2 pi)) those dimensions that saw a whole turn in
-    training (LongLLaDA, Liu et al. 2025, section 4; it gives 4, 14, 31, 55 for LLaDA-8B at 8k, 16k, 24k, 32k).
-    """
-    trained, theta = config.max_position_embeddings, config.rope_parameters["rope_theta"]
-    if context <= trained:
-        return theta
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    critical = 2 * math.ceil(size / 2 * math.log(trained / (2 * math.pi), theta))
-    return theta * math.ceil((context / (2 * math.pi)) ** (size / critical) / theta)
 
 
 def new_denoiser(
@@ -268,6 +255,8 @@ def read_state(folder: Path, layout: Layout, config: Any, dtype: torch.dtype, de
 
 def _fill(model: Any, state: dict[str, Tensor], config: Any, device: str) -> None:
     """Give a model on the meta device its weights and buffers, without a second copy."""
+    # Tensors mapped from a file begin anywhere in it, and a CPU's products depend on that in their last bits.
+    state = {key: value if value.data_ptr() % ALIGNMENT == 0 else value.clone() for key, value in state.items()}
     # A tied head is not stored; every other name has been checked.
     model.load_state_dict(state, assign=True, strict=False)
     if config.tie_word_embeddings:

@@ -262,7 +262,7 @@ class SftSection(Section):
     mask: Literal["exact", "bernoulli", "late"] = Field(
         "exact", description="exact: k ~ U{1..L} hidden; bernoulli: each with t; late: exact, later tokens likelier"
     )
-    half_life: float = Field(0.1, gt=0, description="late: share of the canvas over which the odds double at t = 0")
+    half_life: float = Field(0.1, gt=0, description="late: share of canvas or block over which odds double at t = 0")
     full_canvas: float = Field(0.3, ge=0, le=1, description="share of batches padded to the whole canvas with EOS")
     autocast: bool = Field(False, description="forward in bfloat16, weights in model.dtype: faster on GPUs, AMX")
 

@@ -22,6 +22,7 @@ from ..policies.loading import TINY, stock_classes, stock_config, tiny_folder
 from ..policies.published import CONFIGS
 from ..policies.quantization import STACKS, recompute_experts, stacked_experts
 from ..policies.resolving import check_config, find_layout, read_config, resolve_family
+from ..policies.rope import rescale
 from ..recipes.schema import Recipe
 from ..rollouts.measures import CHUNK_ENTRIES
 from .settings import quiet_peft
@@ -120,6 +121,8 @@ def on_meta(recipe: Recipe, vendor: dict[str, Any], attention: str = COUNTED) ->
     layout = find_layout(vendor, section.family)
     check_config(vendor, layout)
     config = stock_config(layout, vendor)
+    if section.context is not None:
+        rescale(config, layout, vendor, section.context)
     config._attn_implementation = attention
     if attention == COUNTED:
         config._experts_implementation = COUNTED

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from ..policies.blocks import place_in_block
 from ..policies.denoiser import Denoiser
 from ..policies.layout import Family
 from ..policies.tokenizers import completion_ids, prompt_ids
@@ -42,14 +43,21 @@ class Source:
 
 
 def corrupt(
-    canvas_BL: Tensor, *, rng: torch.Generator, mask: str = "exact", half_life: float = 0.1
+    canvas_BL: Tensor,
+    *,
+    rng: torch.Generator,
+    mask: str = "exact",
+    half_life: float = 0.1,
+    place_BL: Tensor | None = None,
+    span: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (masked_BL, weight_BL): which tokens are hidden, and 1/t on those.
 
     `bernoulli`: t ~ U(0,1) a row, every token hidden with probability t (LLaDA, Nie et al. 2025, eq. 3). `exact`: k ~
     U{1..L} a row, exactly k hidden, weight L/k: the same expectation with far less variance. `late`: exactly k, drawn
-    one after another with odds 2^((1 - k/L) i / (half_life L)) for position i, as decoding leaves late tokens open
-    longest (Efficient-DLM, Fu et al. 2025). Levels are stratified over the batch in all.
+    one after another with odds 2^((1 - k/L) i / (half_life n)) for place i of n, as decoding leaves late tokens open
+    longest (Efficient-DLM, Fu et al. 2025): i is `place_BL` in a block of `span` tokens, or the canvas is one block.
+    Levels are stratified over the batch in all.
     """
     rows, length = canvas_BL.shape
     level_B = (torch.rand((), generator=rng) + torch.arange(rows) / rows) % 1.0
@@ -59,8 +67,9 @@ def corrupt(
         order_BL = noise_BL
         if mask == "late":
             # The k smallest of Exp(1) / w are k draws without replacement at odds w (Efraimidis and Spirakis 2006).
-            growth_B = math.log(2.0) / (half_life * length) * (1.0 - count_B / length)
-            order_BL = (-noise_BL.clamp(min=1e-30).log()).log() - growth_B[:, None] * torch.arange(length)
+            growth_B = math.log(2.0) / (half_life * (span or length)) * (1.0 - count_B / length)
+            place_BL = torch.arange(length).expand(rows, -1) if place_BL is None else place_BL
+            order_BL = (-noise_BL.clamp(min=1e-30).log()).log() - growth_B[:, None] * place_BL
         masked_BL = order_BL.argsort(dim=1).argsort(dim=1) < count_B[:, None]
         weight_B = length / count_B
     else:
@@ -119,7 +128,16 @@ class SftBatches(Dataset):
         padding_mask = torch.arange(width + length) >= torch.tensor([[width - len(p)] for p in prompts])
         target_BL = ids[:, width:]
         rng = generator(self.seed, "sft-mask", index)
-        masked_BL, weight_BL = corrupt(target_BL, rng=rng, mask=self.mask, half_life=self.half_life)
+        # Blocks are decoded one after the other: what is late is late in its block.
+        place_BT = place_in_block(self.family, padding_mask)
+        masked_BL, weight_BL = corrupt(
+            target_BL,
+            rng=rng,
+            mask=self.mask,
+            half_life=self.half_life,
+            place_BL=None if place_BT is None else place_BT[:, width:],
+            span=self.family.block_length,
+        )
         scored_BT = torch.zeros_like(padding_mask)
         scored_BT[:, width:] = masked_BL
         return {

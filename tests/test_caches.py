@@ -13,6 +13,7 @@ from cachetoys import apart, rollouts, same_tokens
 from transformers import DynamicCache
 
 from unmask.policies.blocks import additive
+from unmask.policies.denoiser import CACHE
 from unmask.policies.store import Store
 from unmask.recipes.loading import load_samplers
 from unmask.recipes.registry import SLOTS, RecipeError
@@ -177,12 +178,12 @@ def test_stale_keys_are_those_that_transformers_keeps(name: str, policy: str) ->
     kept, past = [c for c in range(25) if c not in computed], DynamicCache()
     first: Any = DynamicCache()
     trunk = denoiser.base.base_model
-    trunk(input_ids=ids[0], past_key_values=first, use_cache=True)
+    trunk(input_ids=ids[0], use_cache=True, **{CACHE: first})
     for index, layer in enumerate(first.layers):
         past.update(layer.keys[:, :, kept], layer.values[:, :, kept], index)
     at = torch.tensor([computed])
     mask = additive(torch.ones(1, 1, len(computed), 25, dtype=torch.bool), torch.float32)
-    hidden = trunk(input_ids=ids[1][:, computed], position_ids=at, past_key_values=past, attention_mask=mask)
+    hidden = trunk(input_ids=ids[1][:, computed], position_ids=at, attention_mask=mask, **{CACHE: past})
     shift, born = denoiser.family.logit_shift, trajectory.born_BL[0].tolist()
     for place in [i for i in range(16) if born[i] == 1]:
         logits = denoiser.head(hidden.last_hidden_state[0, computed.index(9 + place - shift)])

@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unmask.policies.adapters import attach_adapter, lora_config
-from unmask.policies.families import LLADA
 from unmask.policies.layout import CheckpointError
-from unmask.policies.loading import TINY, load_denoiser, new_denoiser, ntk_theta, stock_config, tiny_folder
-from unmask.policies.published import CONFIGS
+from unmask.policies.loading import TINY, load_denoiser, new_denoiser, tiny_folder
 from unmask.policies.resolving import read_config
 from unmask.policies.tokenizers import byte_tokenizer
 from unmask.recipes.loading import load_recipe
@@ -134,12 +132,6 @@ def test_4_bit_recipes_fit_a_device_of_24_gb(name: str) -> None:
 
 def test_an_unknown_hub_model_is_not_guessed() -> None:
     assert estimate(recipe("model.path=someone/else")) is None
-
-
-def test_ntk_factors_are_the_papers() -> None:
-    config: Any = stock_config(LLADA, CONFIGS["GSAI-ML/LLaDA-8B-Instruct"])
-    factors = [round(ntk_theta(config, k * 1024) / 500000.0) for k in (4, 8, 16, 24, 32)]
-    assert factors == [1, 4, 14, 31, 55]
 
 
 def test_the_family_is_the_one_that_is_loaded(tmp_path: Path) -> None:

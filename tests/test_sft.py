@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,25 @@ def test_weights_are_those_of_the_bound(mask: str) -> None:
         torch.testing.assert_close(weight_BT.sum(1), torch.full((4,), 1 / 4))
     for b in range(4):
         assert len(set(weight_BT[b][item["scored"][b]].tolist())) <= 1
+
+
+@pytest.mark.parametrize("alignment", ["shared_block", "left_pad_to_block"])
+def test_late_is_late_in_its_block(alignment: str) -> None:
+    """Nearly without chance, a row's hidden tokens are the last ones of the blocks in which it will be decoded."""
+    family = replace(FAMILY, attention="block_causal", block_length=4, alignment=alignment)
+    data, compared = batches(mask="late", half_life=1e-4, family=family, batch=16), 0
+    for index in range(8):
+        item = data[index]
+        scored_BT, padding_BT = item["scored"], item["padding_mask"]
+        width = int(scored_BT.any(0).nonzero()[0])
+        for hidden, real in zip(scored_BT.tolist(), padding_BT.tolist(), strict=True):
+            first = 0 if alignment == "left_pad_to_block" else real.index(True)
+            place = [(column - first) % 4 for column in range(len(real))]
+            inside = {p for p, h in zip(place[width:], hidden[width:], strict=True) if h}
+            outside = {p for p, h in zip(place[width:], hidden[width:], strict=True) if not h}
+            assert not outside or max(outside) <= min(inside)
+            compared += bool(outside)
+    assert compared > 60
 
 
 def test_batches_depend_on_their_index_and_seed_alone() -> None:
