@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -76,7 +77,8 @@ def sampler_of(text: str, recipe: Recipe) -> Sampler:
     name, _, changes = text.partition(":")
     base = recipe.rollout.sampler.model_dump() if name == "recipe" else named_sampler(name, "bench --sampler")
     data: dict[str, Any] = {"sampler": dict(base), "temperature": 0.0}
-    for change in filter(None, changes.split(",")):
+    # A comma that no key follows belongs to a value: `schedule={name: uniform, steps: 6}`.
+    for change in filter(None, re.split(r",(?=[\w.]+=)", changes)):
         apply_override(data, change if change.startswith("temperature=") else f"sampler.{change}")
     # Checked as a recipe's sampler is, with the same messages.
     loaded = load_recipe_sampler(recipe, data["sampler"])
