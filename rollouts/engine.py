@@ -53,8 +53,8 @@ def denoise(
     their number. Rows of one `group_B` that start alike share the first call. `draft_BL` are tokens of the canvas that
     a remasking or editing may take back; the others stay. `static` (default: on every device but
     the CPU) keeps shapes to powers of two of rows and a fixed number of positions and looks at the device's state every
-    fourth step only. `anyone` tells whether any rank still has live rows: under sharded weights every rank calls the
-    denoiser until all are done. `on_step` sees `tokens_BL` after each step. Raises LogitError where the logits are NaN,
+    fourth step only. `anyone` tells every rank whether any of them still has live rows (`rl.distributed.anyone`): with
+    weights that each forward gathers, all ranks call the denoiser until the last row is done. `on_step` sees `tokens_BL` after each step. Raises LogitError where the logits are NaN,
     or -inf for every allowed token.
     """
     run = _Run.start(
@@ -65,7 +65,8 @@ def denoise(
         run.forward.cached.static, run.forward.cached.lockstep = run.static, anyone is not None
     run.compact()
     live = len(run.alive_A) > 0
-    while live or (anyone is not None and anyone(live)):
+    # Every rank answers at every look, live or not: it is a sum over ranks.
+    while live if anyone is None else anyone(live):
         for _ in range(CHECK_EVERY if run.static else 1):
             run.decide()
             if on_step is not None:
