@@ -35,6 +35,7 @@ SAMPLERS = [
     *[f"entropy_bounded:selection.nats={nats}" for nats in (0.01, 0.1)],
     # The same calls, cheaper ones.
     f"{REFERENCE}:cache=dual",
+    f"{REFERENCE}:cache={{name: dual, refresh: 8}}",
     f"{REFERENCE}:schedule.per_step=2,cache=dual",
     f"{REFERENCE}:cache=prefix",
 ]
