@@ -1,17 +1,22 @@
 """Rollouts against a textbook sampler and with caches, on a random 72 M LLaDA shape: ratios of one run.
 
-python benchmarks/rollout.py [--batch 16] [--canvas 128] [--per-step 4] [--layers 12] [--json FILE]
+python benchmarks/rollout.py [--batch 16] [--canvas 128] [--per-step 8] [--layers 12] [--rounds 2] [--json FILE]
 
 The textbook sampler below is what papers print: a forward over the whole canvas, logits of every position, fp64 noise
 and softmax, no early stop, a Python loop over rows. Both decode greedily, so that their tokens must be identical.
+Every rollout is a whole one. All contenders take turns, `--rounds` times; what else a machine does can only lengthen
+a run, so that ratios are of each one's shortest, and all seconds are written down. Beside them stand the seconds of
+all cores together (`cpu_s`), which a busy machine changes little where waiting threads sleep: OMP_WAIT_POLICY=passive.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,58 +138,113 @@ def ours(denoiser: Any, prompt_BQ: Tensor, mask_BQ: Tensor, canvas: int, section
     return denoise(denoiser, sampler, prompt_BQ, mask_BQ, canvas_BL, torch.arange(len(prompt_BQ)), seed=0).tokens_BL
 
 
-def timed(function: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """Return a call's result and its seconds."""
-    started = time.perf_counter()
+def warm_up(denoiser: Denoiser, prompt_BQ: Tensor, mask_BQ: Tensor, canvas: int) -> None:
+    """Call trunk and head once in the benchmark's shapes: the first call of a process allocates and plans."""
+    ids_BT = torch.cat([prompt_BQ, torch.full((len(prompt_BQ), canvas), MASK)], dim=1)
+    seen_BT = torch.cat([mask_BQ, torch.ones(len(mask_BQ), canvas, dtype=torch.bool)], dim=1)
+    with torch.no_grad():
+        denoiser.head(denoiser.hidden(ids_BT, padding_mask_BT=seen_BT))
+
+
+@dataclass
+class Contender:
+    """One way to fill the canvases: its tokens, its seconds, and what its last run did in trunk and head."""
+
+    tokens_BL: Tensor
+    seconds: list[float]
+    cpu_seconds: list[float]
+    probe: Timed | None = None
+
+    @property
+    def least_s(self) -> float:
+        """The shortest run."""
+        return min(self.seconds)
+
+    def shares(self) -> dict[str, Any]:
+        """Return the last run's shares of its seconds, and how much trunk and head computed."""
+        assert self.probe is not None
+        trunk, head = self.probe.trunk_s / self.seconds[-1], self.probe.head_s / self.seconds[-1]
+        return {
+            "trunk_share": trunk,
+            "head_share": head,
+            "everything_else_share": 1 - trunk - head,
+            "trunk_tokens": self.probe.trunk_tokens,
+            "head_rows": self.probe.head_rows,
+        }
+
+
+def timed(function: Callable[[], Tensor], probe: Timed | None = None) -> Contender:
+    """Call a contender, and time it."""
+    started, cpu_started = time.perf_counter(), time.process_time()
     found = function()
-    return found, time.perf_counter() - started
+    return Contender(found, [time.perf_counter() - started], [time.process_time() - cpu_started], probe)
 
 
-def against_textbook(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Greedy decoding in blocks, without a cache: equal tokens, seconds of both, and where ours go."""
-    denoiser = random_denoiser(arguments.layers)
+def roll(denoiser: Denoiser, arguments: argparse.Namespace, cache: str | None = None) -> Contender:
+    """Decode greedily in blocks, and time it."""
     prompt_BQ, mask_BQ = prompts(arguments.batch)
-    blocks = {"schedule": {"name": "blocks", "size": arguments.block, "per_step": arguments.per_step}}
-    ours(denoiser, prompt_BQ[:2], mask_BQ[:2], arguments.block, blocks)
+    blocks = {"schedule": {"name": "blocks", "size": arguments.block, "per_step": arguments.per_step}, "cache": cache}
     probe = Timed(denoiser)
-    fast, fast_s = timed(lambda: ours(probe, prompt_BQ, mask_BQ, arguments.canvas, blocks))
-    plain, plain_s = timed(
-        lambda: textbook(denoiser.model, prompt_BQ, mask_BQ, arguments.canvas, arguments.block, arguments.per_step)
-    )
-    return {
-        "tokens_identical": bool(torch.equal(fast, plain)),
-        "textbook_s": plain_s,
-        "unmask_s": fast_s,
-        "ratio": fast_s / plain_s,
-        "trunk_share": probe.trunk_s / fast_s,
-        "head_share": probe.head_s / fast_s,
-        "everything_else_share": 1 - (probe.trunk_s + probe.head_s) / fast_s,
-        "trunk_tokens": probe.trunk_tokens,
-        "head_rows": probe.head_rows,
-    }
+    return timed(lambda: ours(probe, prompt_BQ, mask_BQ, arguments.canvas, blocks), probe)
 
 
-def against_uncached(arguments: argparse.Namespace, cache: str, block_length: int | None) -> dict[str, Any]:
-    """One cache against the same rollout without: seconds, tokens computed, share of equal tokens."""
-    denoiser = random_denoiser(arguments.layers, block_length)
+def plainly(denoiser: Denoiser, arguments: argparse.Namespace) -> Contender:
+    """Time the textbook sampler."""
     prompt_BQ, mask_BQ = prompts(arguments.batch)
-    blocks = {"schedule": {"name": "blocks", "size": arguments.block, "per_step": arguments.per_step}}
-    none, cached = Timed(denoiser), Timed(denoiser)
-    plain, plain_s = timed(lambda: ours(none, prompt_BQ, mask_BQ, arguments.canvas, blocks))
-    fast, fast_s = timed(lambda: ours(cached, prompt_BQ, mask_BQ, arguments.canvas, {**blocks, "cache": cache}))
-    return {
-        "cache": cache,
-        "uncached_s": plain_s,
-        "cached_s": fast_s,
-        "speedup": plain_s / fast_s,
-        "tokens_computed_ratio": cached.trunk_tokens / none.trunk_tokens,
-        "agreement": (plain == fast).double().mean().item(),
+    sizes = (arguments.canvas, arguments.block, arguments.per_step)
+    return timed(lambda: textbook(denoiser.model, prompt_BQ, mask_BQ, *sizes))
+
+
+def in_turns(contenders: dict[str, Callable[[], Contender]], rounds: int) -> dict[str, Contender]:
+    """Run all contenders one after the other, `rounds` times; every time each must decide the same tokens."""
+    found: dict[str, Contender] = {}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            made = run()
+            if name in found:
+                assert torch.equal(made.tokens_BL, found[name].tokens_BL), f"{name} is not reproducible"
+                made.seconds = [*found[name].seconds, *made.seconds]
+                made.cpu_seconds = [*found[name].cpu_seconds, *made.cpu_seconds]
+            found[name] = made
+            print(f"{name}: {made.seconds[-1]:.1f} s, {made.cpu_seconds[-1]:.1f} s of all cores", flush=True)
+    return found
+
+
+def against_textbook(fast: Contender, plain: Contender) -> dict[str, Any]:
+    """Without a cache: equal tokens, seconds of both, and where ours go."""
+    same = torch.equal(fast.tokens_BL, plain.tokens_BL)
+    row = {
+        "tokens_identical": same,
+        "textbook_s": plain.seconds,
+        "textbook_cpu_s": plain.cpu_seconds,
+        "unmask_s": fast.seconds,
+        "unmask_cpu_s": fast.cpu_seconds,
+        "ratio": fast.least_s / plain.least_s,
+        "ratio_cpu": min(fast.cpu_seconds) / min(plain.cpu_seconds),
     }
+    return row | fast.shares()
+
+
+def against_uncached(fast: Contender, none: Contender, cache: str) -> dict[str, Any]:
+    """One cache against the same rollout without: seconds, columns computed, share of equal tokens."""
+    assert fast.probe is not None and none.probe is not None
+    row = {
+        "cache": cache,
+        "uncached_s": none.seconds,
+        "cached_s": fast.seconds,
+        "uncached_cpu_s": none.cpu_seconds,
+        "cached_cpu_s": fast.cpu_seconds,
+        "speedup": none.least_s / fast.least_s,
+        "speedup_cpu": min(none.cpu_seconds) / min(fast.cpu_seconds),
+        "columns_computed_ratio": fast.probe.trunk_tokens / none.probe.trunk_tokens,
+        "agreement": (none.tokens_BL == fast.tokens_BL).double().mean().item(),
+    }
+    return row | fast.shares()
 
 
 def show(row: dict[str, Any]) -> None:
     """Print a row's numbers."""
-    print({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
+    print(json.dumps(json.loads(json.dumps(row), parse_float=lambda text: round(float(text), 4))), flush=True)
 
 
 def main() -> None:
@@ -193,20 +253,34 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--canvas", type=int, default=128)
     parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--per-step", type=int, default=4)
+    parser.add_argument("--per-step", type=int, default=8)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--no-caches", action="store_true")
     arguments = parser.parse_args()
-    found: dict[str, Any] = {"textbook": against_textbook(arguments)}
-    show(found["textbook"])
+    denoiser, causal = random_denoiser(arguments.layers), random_denoiser(arguments.layers, arguments.block)
+    contenders: dict[str, Callable[[], Contender]] = {
+        "textbook": partial(plainly, denoiser, arguments),
+        "none": partial(roll, denoiser, arguments),
+    }
     if not arguments.no_caches:
-        found["caches"] = []
-        for cache, block_length in (("block_causal", arguments.block), ("dual", None), ("prefix", None)):
-            found["caches"].append(against_uncached(arguments, cache, block_length))
-            show(found["caches"][-1])
-    keys = ("batch", "canvas", "block", "per_step", "layers")
+        contenders |= {cache: partial(roll, denoiser, arguments, cache) for cache in ("dual", "prefix")}
+        contenders["block-causal, none"] = partial(roll, causal, arguments)
+        contenders["block_causal"] = partial(roll, causal, arguments, "block_causal")
+    for model in (denoiser, causal):
+        warm_up(model, *prompts(arguments.batch), arguments.canvas)
+    made = in_turns(contenders, arguments.rounds)
+    found: dict[str, Any] = {"textbook": against_textbook(made["none"], made["textbook"])}
+    if not arguments.no_caches:
+        found["caches"] = [against_uncached(made[cache], made["none"], cache) for cache in ("dual", "prefix")]
+        exact = against_uncached(made["block_causal"], made["block-causal, none"], "block_causal")
+        found["caches"].append(exact)
+    for row in (found["textbook"], *found.get("caches", ())):
+        show(row)
+    keys = ("batch", "canvas", "block", "per_step", "layers", "rounds")
     shape = {key: getattr(arguments, key) for key in keys} | {"hidden": HIDDEN, "vocabulary": VOCABULARY}
+    shape["parameters"] = sum(weight.numel() for weight in denoiser.model.parameters())
     print(f"wrote {save('rollout', {'shape': shape, **found}, arguments.json, seeds={'weights': 0, 'prompts': 0})}")
 
 

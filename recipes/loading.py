@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -150,7 +151,8 @@ def named_sampler(choice: Any, where: str = "sampler") -> Any:
     rows, name = load_samplers(), choice["preset"]
     if not isinstance(name, str) or name not in rows:
         raise RecipeError(f"{where}.preset: unknown sampler {name!r}.{nearest(str(name), list(rows))}")
-    return merge(rows[name]["sampler"], choice)
+    # A copy: overrides write into what they are given, and the rows are everyone's.
+    return merge(copy.deepcopy(rows[name]["sampler"]), choice)
 
 
 def _with_evaluation_sampler(data: dict[str, Any], kind: str) -> dict[str, Any]:

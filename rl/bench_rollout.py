@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..recipes.loading import load_recipe, load_samplers, named_sampler
+from ..recipes.loading import load_samplers, named_sampler, resolve
 from ..recipes.reading import apply_override
 from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import Recipe
@@ -75,7 +77,8 @@ def sampler_of(text: str, recipe: Recipe) -> Sampler:
     name, _, changes = text.partition(":")
     base = recipe.rollout.sampler.model_dump() if name == "recipe" else named_sampler(name, "bench --sampler")
     data: dict[str, Any] = {"sampler": dict(base), "temperature": 0.0}
-    for change in filter(None, changes.split(",")):
+    # A comma that no key follows belongs to a value: `schedule={name: uniform, steps: 6}`.
+    for change in filter(None, re.split(r",(?=[\w.]+=)", changes)):
         apply_override(data, change if change.startswith("temperature=") else f"sampler.{change}")
     # Checked as a recipe's sampler is, with the same messages.
     loaded = load_recipe_sampler(recipe, data["sampler"])
@@ -84,8 +87,6 @@ def sampler_of(text: str, recipe: Recipe) -> Sampler:
 
 def load_recipe_sampler(recipe: Recipe, section: dict[str, Any]) -> dict[str, Any]:
     """Return a sampler section with every default, checked against the recipe's canvas."""
-    from ..recipes.loading import resolve
-
     data = recipe.model_dump(mode="json")
     data["rollout"]["sampler"] = section
     data["evaluation"]["sampler"] = None
@@ -96,7 +97,7 @@ def load_recipe_sampler(recipe: Recipe, section: dict[str, Any]) -> dict[str, An
 
 def bench_rollout(
     target: str,
-    samplers: Sequence[str],
+    samplers: Sequence[str] | None = None,
     *,
     reference: str = REFERENCE,
     problems: int = 256,
@@ -105,21 +106,28 @@ def bench_rollout(
 ) -> dict[str, Any]:
     """Decode the same held-out problems with every sampler and return one row each, the reference's first.
 
-    A row has exact rate and standard error, NFE, tokens a second, the share of the time outside trunk and head, and the
+    Without `samplers` all rows of samplers.yaml that the target's canvas takes.
+
+    A row has exact rate and standard error, its difference to the reference's over the same problems (`gain`, with the
+    standard error of paired differences), NFE, tokens a second, the share of the time outside trunk and head, and the
     share of completions that equal the reference's.
     """
     recipe, denoiser = open_target(target, overrides)
     rows = heldout_rows(SLOTS["task"].build(recipe.task)("heldout", seed=recipe.run.seed), problems)
-    names = [reference, *(name for name in samplers if name != reference)]
+    asked = fitting(recipe) if samplers is None else samplers
+    names = [reference, *(name for name in asked if name != reference)]
     built = {name: sampler_of(name, recipe) for name in names}
     worker = evaluation_worker(recipe, denoiser, rewards_of(recipe))
     found: list[dict[str, Any]] = []
     wanted: list[str] = []
+    right: list[bool] = []
     for name in names:
         watch, kept = Stopwatch(denoiser), list[RolloutBatch]()
         result = evaluate(replace(worker, denoiser=watch, sampler=built[name]), rows, keep=kept)
         completions = [text for batch in kept for text in batch.completions]
-        wanted = wanted or completions
+        solved = [outcome == "ok" for batch in kept for outcome in batch.rewards.outcome]
+        wanted, right = wanted or completions, right or solved
+        gain, gain_stderr = paired(solved, right)
         seconds = sum(batch.metrics["time/rollout_s"] for batch in kept)
         found.append(
             {
@@ -127,6 +135,8 @@ def bench_rollout(
                 "status": built[name].status,
                 "exact": result.exact,
                 "stderr": result.stderr,
+                "gain": gain,
+                "gain_stderr": gain_stderr,
                 "nfe": result.nfe,
                 "tokens_per_s": result.length * result.n / seconds,
                 "overhead": 1 - (watch.trunk_s + watch.head_s) / seconds,
@@ -139,25 +149,32 @@ def bench_rollout(
     return {"target": target, "task": recipe.task, "canvas": recipe.rollout.canvas, "n": len(rows), "rows": found}
 
 
-HEADER = f"{'sampler':44} {'exact':>15} {'NFE':>7} {'tokens/s':>9} {'overhead':>9} {'agrees':>7}  log-prob"
+def paired(solved: Sequence[bool], right: Sequence[bool]) -> tuple[float, float]:
+    """Return the mean of solved - right over the same problems and its standard error (NaN for one problem)."""
+    gaps = [float(a) - float(b) for a, b in zip(solved, right, strict=True)]
+    n, mean = len(gaps), sum(gaps) / len(gaps)
+    variance = sum((gap - mean) ** 2 for gap in gaps) / (n - 1) if n > 1 else math.nan
+    return mean, math.sqrt(variance / n)
+
+
+HEADER = f"{'sampler':44} {'exact':>15} {'gain':>16} {'NFE':>7} {'tokens/s':>9} {'overhead':>9} {'agrees':>7}  log-prob"
 
 
 def line_of(row: dict[str, Any]) -> str:
     """Return a row as one line under `HEADER`."""
     exact = f"{row['exact']:.3f} ± {row['stderr']:.3f}"
+    gain = f"{row['gain']:+.3f} ± {row['gain_stderr']:.3f}"
     return (
-        f"{row['sampler']:44} {exact:>15} {row['nfe']:7.1f} {row['tokens_per_s']:9.0f} {row['overhead']:9.1%} "
-        f"{row['agreement']:7.1%}  {row['status']}"
+        f"{row['sampler']:44} {exact:>15} {gain:>16} {row['nfe']:7.1f} {row['tokens_per_s']:9.0f} "
+        f"{row['overhead']:9.1%} {row['agreement']:7.1%}  {row['status']}"
     )
 
 
-def every_sampler(recipe_or_model: str, overrides: Sequence[str] = ()) -> list[str]:
-    """Return the names of all rows of samplers.yaml that the target's canvas takes."""
-    recipe = load_recipe("cj_grpo_tiny_arithmetic.yaml" if ":" in recipe_or_model else recipe_or_model, overrides)
+def fitting(recipe: Recipe) -> list[str]:
+    """Return the names of all rows of samplers.yaml that the recipe's canvas takes."""
     names = []
     for name in load_samplers():
         try:
-            assert isinstance(recipe, Recipe)
             sampler_of(name, recipe)
         except RecipeError:
             continue

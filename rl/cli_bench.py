@@ -32,17 +32,17 @@ def rollout(
 ) -> None:
     """Decode the same problems with several samplers (default: all shipped ones) at temperature 0.
 
-    Prints exact rate, NFE, tokens a second, the share of the time outside the denoiser, and agreement.
+    Prints exact rate, its difference to the reference's (paired), NFE, tokens a second, the share of the time outside
+    the denoiser, and agreement.
     """
     target, overrides = one_target(arguments, "run, model or recipe")
     for path in (json_file, plot):
         check_output(path)
     from . import bench_rollout as bench_module
 
-    names = sampler or bench_module.every_sampler(target, overrides)
     typer.echo(bench_module.HEADER)
     found = bench_module.bench_rollout(
-        target, names, reference=reference, problems=problems, overrides=overrides, progress=typer.echo
+        target, sampler or None, reference=reference, problems=problems, overrides=overrides, progress=typer.echo
     )
     if plot is not None:
         bench_module.plot(found, plot)

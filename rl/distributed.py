@@ -35,6 +35,11 @@ def total(value: float) -> float:
     return tensor.item()
 
 
+def anyone(value: bool) -> bool:
+    """Return whether `value` is true on any rank; every rank must ask."""
+    return total(float(value)) > 0
+
+
 def _device() -> torch.device:
     """Return where a tensor must lie to be reduced: NCCL takes no tensor of the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

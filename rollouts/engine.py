@@ -51,11 +51,11 @@ def denoise(
     chunks. Noise is keyed by (seed, step, rollout id, denoising step, position), so a rollout does not depend on what
     else is in the batch. Every step commits at least one position of every live row, and `sampler.max_steps` bounds
     their number. Rows of one `group_B` that start alike share the first call. `draft_BL` are tokens of the canvas that
-    a remasking or editing may take back; the others stay. `static` (default: on every device but
-    the CPU) keeps shapes to powers of two of rows and a fixed number of positions and looks at the device's state every
-    fourth step only. `anyone` tells whether any rank still has live rows: under sharded weights every rank calls the
-    denoiser until all are done. `on_step` sees `tokens_BL` after each step. Raises LogitError where the logits are NaN,
-    or -inf for every allowed token.
+    a remasking or editing may take back; the others stay. `static` (default: on every device but the CPU) keeps shapes
+    to powers of two of rows and a fixed number of positions and looks at the device's state every fourth step only.
+    `anyone` tells every rank whether any of them still has live rows (`rl.distributed.anyone`): with weights that each
+    forward gathers, all ranks call the denoiser until the last row is done. `on_step` sees `tokens_BL` after each step.
+    Raises LogitError where the logits are NaN, or -inf for every allowed token.
     """
     run = _Run.start(
         denoiser, sampler, prompt_BQ, prompt_mask_BQ, canvas_BL, rollout_id_B, seed, step, group_B, draft_BL
@@ -65,7 +65,8 @@ def denoise(
         run.forward.cached.static, run.forward.cached.lockstep = run.static, anyone is not None
     run.compact()
     live = len(run.alive_A) > 0
-    while live or (anyone is not None and anyone(live)):
+    # Every rank answers at every look, live or not: it is a sum over ranks.
+    while live if anyone is None else anyone(live):
         for _ in range(CHECK_EVERY if run.static else 1):
             run.decide()
             if on_step is not None:

@@ -20,10 +20,13 @@ from unmask.policies.loading import load_denoiser, new_denoiser
 from unmask.policies.reference import AdapterOff
 from unmask.policies.tokenizers import byte_tokenizer
 from unmask.recipes.loading import load_recipe
-from unmask.rl.distributed import rank, reduce_gradients, world_size
+from unmask.rl.distributed import anyone, rank, reduce_gradients, world_size
 from unmask.rl.finite import require_finite_gradient
 from unmask.rl.memory import estimate
 from unmask.rl.sharding import paced, shard, whole
+from unmask.rollouts.engine import denoise
+from unmask.rollouts.sampler import Sampler, build_sampler
+from unmask.rollouts.trajectory import Trajectory
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # The spans of each rank: more on one, none on the other, one each.
@@ -114,6 +117,28 @@ def forwards(name: str, *, lora: bool) -> None:
             assert all(isinstance(p, DTensor) for p in sharded.model.parameters())
     if lora:
         assert not torch.equal(references[0].logits(ids_BT), plain.logits(ids_BT))
+
+
+def rollouts(name: str, *, lora: bool) -> None:
+    """Weights that every forward gathers: ranks whose rows end at different steps call as often as the last one."""
+    plain, sharded = build(name, lora=lora), build(name, lora=lora)
+    shard(sharded)
+    length = plain.family.block_length or 8
+    prompt_BQ = torch.randint(0, 200, (3, 8), generator=seeded(0))
+    canvas_BL = torch.full((3, 2 * length), plain.family.mask_token_id)
+    canvas_BL[1, length // 2 :] = 65  # given: this row is done long before the others
+    shares = [torch.tensor([1]), torch.tensor([0, 2])]
+    for cache in (None, "dual" if plain.family.attention == "full" else "block_causal"):
+        schedule = {"name": "blocks", "size": length, "per_step": 1}
+        sampler = build_sampler({"schedule": schedule, "eos": {"rule": "none"}, "cache": cache})
+
+        def run(denoiser: Denoiser, row_B: Tensor, sampler: Sampler = sampler, **options: Any) -> Trajectory:
+            rows, mask = prompt_BQ[row_B], torch.ones_like(prompt_BQ[row_B], dtype=torch.bool)
+            return denoise(denoiser, sampler, rows, mask, canvas_BL[row_B], row_B, seed=0, **options)
+
+        found, wanted = run(sharded, shares[rank()], anyone=anyone), run(plain, torch.arange(3)).select(shares[rank()])
+        assert torch.equal(found.tokens_BL, wanted.tokens_BL) and torch.equal(found.born_BL, wanted.born_BL)
+        assert int(found.steps_B.max()) == (length // 2 if rank() == 0 else 2 * length)
 
 
 def bfloat16(name: str, *, lora: bool) -> None:

@@ -240,8 +240,14 @@ def test_in_lockstep_every_step_is_one_forward(cache: str) -> None:
     calls, steps = len(denoiser.forwards), int(free.steps_B.max())
     assert calls > steps
     denoiser.forwards.clear()
-    extra = iter([True, True, False])
-    bound = rollouts(denoiser, cache, anyone=lambda live: next(extra))
+    votes: list[bool] = []
+
+    def anyone(live: bool) -> bool:
+        votes.append(live)
+        return len(votes) <= steps + 2
+
+    bound = rollouts(denoiser, cache, anyone=anyone)
+    assert votes == [True] * steps + [False] * 3, "it votes at every look, also where it is live"
     assert same_tokens(free, bound) and apart(free, bound) <= 1e-5
     assert len(denoiser.forwards) == steps + 2 and denoiser.forwards[-1] == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unmask.policies.denoiser import Denoiser
 from unmask.policies.loading import new_denoiser
 from unmask.recipes.loading import load_samplers
-from unmask.rollouts import engine
+from unmask.rollouts import engine, measures
 from unmask.rollouts.engine import denoise
 from unmask.rollouts.sampler import build_sampler
 
@@ -90,3 +91,57 @@ def test_rows_leave_in_powers_of_two(model: Denoiser) -> None:
     live = [sum(steps > t for steps in found.steps_B.tolist()) for t in range(48)]
     assert all(rows in (6, 4, 2, 1) and rows >= alive for rows, alive in zip(recorder.rows, live, strict=True))
     assert recorder.rows == [6] * 16 + [4] * 16 + [2] * 8 + [1] * 8
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers that one tensor of a run has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for value in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(value, Tensor):
+                self.numbers = max(self.numbers, value.untyped_storage().nbytes() // value.element_size())
+        return found
+
+
+class Wide:
+    """The model with 4,096 tokens, so that logits outweigh everything else; ids that it has not are taken modulo."""
+
+    def __init__(self, model: Denoiser) -> None:
+        self.inner, self.device = model, model.device
+        self.family = replace(model.family, vocab_size=4096)
+        self.matrix_DV = torch.randn(16, 4096, generator=torch.Generator().manual_seed(0))
+
+    def hidden(self, input_ids_BT: Tensor, **options: Any) -> Tensor:
+        return self.inner.hidden(input_ids_BT % self.inner.family.vocab_size, **options)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.matrix_DV
+
+
+# Windows of a block and of the canvas, statistics everywhere, drawn scores and their tail, lists a position, memory.
+KINDS = (
+    *("llada_low_confidence", "dream_entropy", "ass", "entropy_bounded"),
+    *("klass", "credit_decoding", "rho_eos", "saber", "unsupervised_guidance"),
+)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_step_never_holds_logits_of_the_canvas(
+    model: Denoiser, name: str, static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever positions are asked for, the largest tensor is a chunk of logits: 16 positions of 4 x 64."""
+    rows, chunk = 4, 16 * 4096
+    monkeypatch.setitem(measures.CHUNK_ENTRIES, "cpu", chunk)
+    section = {**load_samplers()[name]["sampler"], "eos": {"rule": "none"}, "max_steps": 2}
+    sampler = build_sampler(section, temperature=1.0)
+    prompt_BQ = torch.randint(0, 256, (rows, 5), generator=torch.Generator().manual_seed(0))
+    mask_BQ, canvas_BL = torch.ones_like(prompt_BQ, dtype=torch.bool), torch.full((rows, L), MASK)
+    with Largest() as largest:
+        denoise(Wide(model), sampler, prompt_BQ, mask_BQ, canvas_BL, torch.arange(rows), seed=0, static=static)
+    assert largest.numbers <= chunk, f"{largest.numbers / 4096:.0f} rows of logits"

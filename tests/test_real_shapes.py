@@ -1,4 +1,4 @@
-"""benchmarks/real_shapes.py where there is no device: its path on a tiny shape, and what it says otherwise."""
+"""Benchmarks of a device where there is none: their paths on a tiny shape, and what they say otherwise."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from unmask.policies.loading import load_denoiser
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def benchmark(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+def benchmark(monkeypatch: pytest.MonkeyPatch, *arguments: str, name: str = "real_shapes") -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr("sys.argv", ["real_shapes.py", *arguments])
-    runpy.run_path(str(BENCHMARKS / "real_shapes.py"), run_name="__main__")
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments])
+    runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
 
 
 def test_the_path_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,10 +33,22 @@ def test_the_path_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert row["estimated_over_peak"] is row["within_tolerance"] is None
 
 
+def test_a_rollouts_operations_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--rows", "2", "--canvas", "32", "--prompt", "8", "--block", "16", "--per-step", "8", "--no-compile"]
+    benchmark(monkeypatch, "--tiny", *options, "--json", str(tmp_path / "found.json"), name="rollout_device")
+    found = json.loads((tmp_path / "found.json").read_text())["result"]
+    # Four steps of 2 x 40 columns; the head sees blocks of 16 and 8 open positions, twice each.
+    layers, width, mlp, vocabulary = 4, 128, 352, 261
+    column = layers * (2 * (4 * width**2 + 3 * width * mlp) + 4 * 40 * width)
+    assert found["operations"] == 4 * 2 * 40 * column + 2 * 2 * (16 + 8) * 2 * width * vocabulary
+    assert 0 < found["everything_else_share"] < 1 and 0 < found["eager_utilisation"] < 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device, which this would measure")
+@pytest.mark.parametrize("name", ["real_shapes", "rollout_device"])
 def test_without_a_device_nothing_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    benchmark(monkeypatch, "--json", str(tmp_path / "found.json"))
+    benchmark(monkeypatch, "--json", str(tmp_path / "found.json"), name=name)
     assert "no CUDA device, so nothing was measured; --tiny" in capsys.readouterr().out
     assert not (tmp_path / "found.json").exists()

@@ -39,6 +39,7 @@ CASES = {
     "adapter": [("gradients", "tiny", True), ("forwards", "tiny", True), ("memory", "", True)],
     "all weights": [("gradients", "tiny", False), ("memory", "", False), ("bfloat16", "tiny", False)],
     "tied": [("gradients", "tied", False)],
+    "rollouts": [("rollouts", "tiny", True), ("rollouts", "sdar", False)],
     "block-causal": [("gradients", "sdar", False), ("gradients", "sdar", True), ("forwards", "sdar", False)],
     "mixture of experts": [("gradients", "llada2", False), ("forwards", "llada2", True)],
 }

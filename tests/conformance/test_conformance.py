@@ -177,6 +177,33 @@ def test_a_row_is_the_same_alone_in_another_order_and_in_any_shape(
         same(alone, together.select(torch.tensor([row])))
 
 
+def test_ranks_that_share_a_batch_decide_what_one_does(
+    denoiser: Denoiser, section: dict[str, Any], cache: str | None
+) -> None:
+    """Four and two rows instead of six; under sharded weights both ranks call the model until the last row is done."""
+    if "odd" in str(section.get("transforms")):
+        pytest.skip("its rule makes rollouts of a group depend on each other")
+    sampler, (prompt_BQ, mask_BQ) = build(section, cache=cache), prompts()
+    together = run(Recorder(denoiser), sampler)
+    longest, calls = int(together.steps_B.max()), []
+    for rows in (torch.arange(4), torch.arange(4, ROWS)):
+        recorder, looks = Recorder(denoiser), iter([True] * longest + [False])
+        part = denoise(
+            recorder,
+            sampler,
+            prompt_BQ[rows],
+            mask_BQ[rows],
+            blank(len(rows)),
+            rows + 40,
+            seed=3,
+            step=7,
+            anyone=lambda live, looks=looks: next(looks),
+        )
+        same(part, together.select(rows))
+        calls.append(len(recorder.seen))
+    assert cache is not None or calls[0] == calls[1], "a rank that is done goes on calling"
+
+
 def test_a_shared_first_call_changes_nothing(denoiser: Denoiser, section: dict[str, Any]) -> None:
     sampler, ids = build(section), torch.arange(6)
     prompt_BQ = prompts(2)[0].repeat_interleave(3, 0)
@@ -199,7 +226,8 @@ def test_every_canvas_is_replayed_bit_for_bit(denoiser: Denoiser, section: dict[
         step_A = torch.full_like(alive_A, t)
         rebuilt_AL = trajectory.canvas_before(alive_A, step_A)
         exists_AL = trajectory.exists_before(alive_A, step_A)
-        shown_AL = recorder.seen[calls * t][:, 7 : 7 + L]
+        prompt_AQ, shown_AL = recorder.seen[calls * t][:, :7], recorder.seen[calls * t][:, 7 : 7 + L]
+        assert torch.equal(prompt_AQ, prompts()[0][alive_A]), "prompts are shown as they were given"
         if exists_AL is None:
             assert torch.equal(shown_AL, rebuilt_AL)
             continue
