@@ -51,17 +51,18 @@ class Protocol(Section):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the resolved choices, in hexadecimal; names, remarks and the place of a copy do not count.
+        """SHA-256 of the resolved choices, in hexadecimal."""
+        return hash_of(self.model_dump(mode="json"))
 
-        Choices that are off (null, empty) are left out, so that a new option leaves the hashes of old rows alone.
-        """
-        return digest(_without_idle(self.identity()))
 
-    def identity(self) -> dict[str, Any]:
-        """Return what the hash is taken over."""
-        choices = {key: value for key, value in self.model_dump(mode="json").items() if key not in UNHASHED}
-        choices["task"] = {key: value for key, value in choices["task"].items() if key not in PLACES}
-        return choices
+def hash_of(choices: dict[str, Any]) -> str:
+    """Return the hash of a protocol's plain data; names, remarks and the place of a copy of the data do not count.
+
+    Choices that are off (null, empty) are left out, so that a new option leaves the hashes of old rows alone.
+    """
+    kept = {key: value for key, value in choices.items() if key not in UNHASHED}
+    kept["task"] = {key: value for key, value in kept["task"].items() if key not in PLACES}
+    return digest(_without_idle(kept))
 
 
 def digest(value: Any) -> str:
