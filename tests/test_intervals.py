@@ -26,7 +26,8 @@ def test_pass_at_k_is_unbiased() -> None:
     # Sums over what k' of 6 completions can be right at chance 0.3 each: the mean is 1 - 0.7^k exactly.
     p, drawn = 0.3, 6
     for k in range(1, drawn + 1):
-        mean = sum(math.comb(drawn, c) * p**c * (1 - p) ** (drawn - c) * pass_at_k(c, drawn, k) for c in range(drawn + 1))
+        chance = [math.comb(drawn, c) * p**c * (1 - p) ** (drawn - c) for c in range(drawn + 1)]
+        mean = sum(chance[c] * pass_at_k(c, drawn, k) for c in range(drawn + 1))
         assert mean == pytest.approx(1 - (1 - p) ** k, abs=1e-12)
     with pytest.raises(RecipeError, match="1 <= k <= drawn"):
         pass_at_k(1, 4, 5)
@@ -74,7 +75,7 @@ def test_interval_is_that_of_an_independent_bootstrap(samples: int) -> None:
     assert found.low == pytest.approx(low, abs=0.05 * (high - low))
     assert found.high == pytest.approx(high, abs=0.05 * (high - low))
     assert found.difference == pytest.approx(difference_P.mean().item())
-    # The bootstrap's own theory: half a width of 1.96 standard deviations of the mean, for differences as tame as these.
+    # The bootstrap's own theory, for differences as tame as these: 1.96 standard deviations of the mean on each side.
     values = torch.cat([difference_P, torch.tensor([1.0, -1.0], dtype=torch.float64) / samples])
     width = 2 * 1.96 * values.std(correction=0).item() / math.sqrt(len(values))
     assert found.high - found.low == pytest.approx(width, rel=0.05)

@@ -133,7 +133,7 @@ def test_refusals(tmp_path: Path, row: dict[str, Any], name: str, words: str) ->
 
 
 def test_unknown_names_and_files(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="unknown protocol 'gsm8k@d3'. Did you mean"):
+    with pytest.raises(RecipeError, match=r"unknown protocol 'gsm8k@d3'\. Did you mean"):
         load_protocol("gsm8k@d3")
     with pytest.raises(RecipeError, match=r"there is no file 'none\.yaml'"):
         load_protocol("none.yaml")
