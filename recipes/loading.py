@@ -81,8 +81,7 @@ def resolve(data: dict[str, Any]) -> Recipe | SftRecipe:
         recipe = KINDS[kind].model_validate(data)
     except ValidationError as error:
         raise RecipeError(explain(error, KINDS[kind])) from error
-    for place in parts_of(recipe):
-        place.put(_checked(place))
+    check_parts(recipe)
     from .correcting import settle_correction
     from .crosschecks import check_recipe
 
@@ -90,6 +89,12 @@ def resolve(data: dict[str, Any]) -> Recipe | SftRecipe:
     if isinstance(recipe, Recipe):
         settle_correction(recipe, written if isinstance(written, dict) else {})
     return recipe
+
+
+def check_parts(section: BaseModel) -> None:
+    """Check every part of a validated section against its registry and write out all its knobs."""
+    for place in parts_of(section):
+        place.put(_checked(place))
 
 
 def dump_recipe(recipe: Recipe | SftRecipe) -> str:

@@ -14,7 +14,7 @@ from .registry import RecipeError, nearest
 
 RESOLVED = "recipe.yaml"  # the name under which a run folder holds its resolved recipe
 SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
-NOT_RECIPES = {"methods", "samplers"}
+NOT_RECIPES = {"methods", "protocols", "samplers"}
 
 
 class StrictLoader(yaml.SafeLoader):

@@ -25,6 +25,7 @@ from .cli_arguments import (
 )
 from .cli_bench import bench
 from .cli_checks import data_app, reward_app
+from .cli_results import compare, evaluate, protocols, reproduce, rollouts
 
 app = typer.Typer(
     name="unmask",
@@ -99,21 +100,11 @@ def sft(
     write_result(json_file, run.sft(recipe, nproc=nproc, resume=resume))
 
 
-@app.command()
-def evaluate(
-    arguments: TargetArguments,
-    problems: Annotated[int | None, typer.Option("--problems", min=1, help="Held-out problems.")] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Measure the held-out exact rate.
-
-    Reported with n, standard error, NFE and tokens a second.
-    """
-    target, overrides = one_target(arguments, "run, model or recipe")
-    check_output(json_file)
-    from . import run
-
-    write_result(json_file, run.evaluate(target, overrides=overrides, problems=problems))
+app.command()(evaluate)
+app.command()(compare)
+app.command()(reproduce)
+app.command()(rollouts)
+app.command()(protocols)
 
 
 @app.command()

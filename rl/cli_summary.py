@@ -15,6 +15,7 @@ from rich.table import Table
 from .. import __version__
 from ..recipes.crosschecks import check_data, check_world, notes, step_limit
 from ..recipes.loading import import_parts, load_methods, load_samplers
+from ..recipes.protocols import load_protocol, shipped_protocols
 from ..recipes.reading import SCHEMA_FILE, shipped_recipes
 from ..recipes.registry import SLOTS, RecipeError, nearest
 from ..recipes.schema import Recipe, SftRecipe
@@ -275,6 +276,25 @@ def print_samplers(name: str | None) -> None:
         raise RecipeError(f"samplers: unknown sampler '{name}'.{nearest(name, list(rows))}")
     shown = {**rows[name], "log-probs above temperature 0": _status_words(rows[name]["sampler"], 1.0)}
     out.print(yaml.safe_dump({name: shown}, sort_keys=False, width=100), end="", soft_wrap=True)
+
+
+def print_protocols(name: str | None) -> None:
+    """Print the named protocols with their hashes, or everything that the one called `name` fixes."""
+    out = console()
+    if name is None:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        table.add_column("protocol", style="bold", no_wrap=True)
+        table.add_column("hash", no_wrap=True)
+        table.add_column("what it is", overflow="fold")
+        for row in shipped_protocols():
+            protocol = load_protocol(row)
+            table.add_row(row, protocol.hash[:12], protocol.summary)
+        out.print(table)
+        out.print("`unmask protocols NAME` shows what one fixes; `unmask evaluate MODEL --protocol NAME` uses it.")
+        return
+    protocol = load_protocol(name)
+    shown = {**protocol.model_dump(mode="json", exclude={"name"}), "hash": protocol.hash}
+    out.print(yaml.safe_dump({name: shown}, sort_keys=False, width=100), end="", soft_wrap=True, markup=False)
 
 
 def print_recipes() -> None:

@@ -1,4 +1,4 @@
-"""Several processes on this machine: `launch` starts them, and each runs `python -m unmask.rl.launch RECIPE`."""
+"""Several processes on this machine: `launch` starts them, each `python -m unmask.rl.launch RECIPE` or a share."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..recipes.loading import dump_recipe, load_recipe
 from ..recipes.schema import Recipe, SftRecipe
-from . import run
+from . import evaluating, run
 from .cli import is_ours, refuse
-from .runfolder import run_folder, write_atomically
+from .runfolder import COMMAND, command_line, run_folder, write_atomically
 
 PATIENCE_S = 5.0  # ranks that fail together say so once
 
@@ -35,9 +35,17 @@ def launch(recipe: Recipe | SftRecipe, nproc: int, resume: Path | None) -> dict[
     fixed = recipe.model_copy(update={"name": folder.name, "run": section})
     written = folder / "launch.yaml"
     write_atomically(written, dump_recipe(fixed))
-    # -P keeps the current folder off the head of the path, where a user's file could shadow a library.
-    arguments = ["-P", "-m", "unmask.rl.launch", str(written)]
-    arguments += ["--resume", str(resume)] if resume else []
+    try:
+        spawn(nproc, [str(written), *(["--resume", str(resume)] if resume else [])])
+    finally:
+        if sorted(folder.iterdir()) == [written]:  # no rank came as far as to begin
+            written.unlink()
+            folder.rmdir()
+    return json.loads((folder / "summary.json").read_text())
+
+
+def spawn(nproc: int, arguments: list[str]) -> None:
+    """Run this module in `nproc` processes, as torchrun does; RunError when one of them fails."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -51,19 +59,17 @@ def launch(recipe: Recipe | SftRecipe, nproc: int, resume: Path | None) -> dict[
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[run.WORKER] = "1"
+    os.environ[COMMAND] = command_line()
     try:
-        elastic_launch(config, sys.executable)(*arguments)
+        # -P keeps the current folder off the head of the path, where a user's file could shadow a library.
+        elastic_launch(config, sys.executable)("-P", "-m", "unmask.rl.launch", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise run.RunError(
             f"{nproc} processes: rank {rank} ended with code {failure.exitcode}; the error above is the cause."
         ) from error
     finally:
-        del os.environ[run.WORKER]
-        if sorted(folder.iterdir()) == [written]:  # no rank came as far as to begin
-            written.unlink()
-            folder.rmdir()
-    return json.loads((folder / "summary.json").read_text())
+        del os.environ[run.WORKER], os.environ[COMMAND]
 
 
 def main(arguments: list[str]) -> int:
@@ -75,6 +81,9 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("unmask").setLevel(logging.INFO if first else logging.WARNING)
     try:
+        if arguments[0] == "--evaluate":
+            evaluating.one_rank(Path(arguments[1]), Path(arguments[2]))
+            return 0
         recipe = load_recipe(arguments[0])
         if isinstance(recipe, SftRecipe):
             run.sft(recipe, resume=resume)

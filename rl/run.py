@@ -27,11 +27,12 @@ from ..rollouts.sampler import build_sampler
 from . import sft_run
 from .checkpoints import checkpoint_to_resume, file_errors
 from .config import UnmaskConfig
-from .distributed import rank, world_size
+from .distributed import rank
 from .evaluate import Evaluation, heldout_rows
 from .evaluate import evaluate as evaluate_rows
+from .manifests import run_manifest
 from .objective import build_objective
-from .runfolder import RunError, manifest, no_empty_folder, run_folder, write_atomically, write_json
+from .runfolder import RunError, no_empty_folder, run_folder, write_atomically, write_json
 from .settings import cpu_backend, device_of, rewards_of, scoring_of
 from .sharding import gathered, save_trained
 from .targets import evaluation_worker, load_policy, open_target
@@ -185,7 +186,7 @@ def _check_same_run(recipe: Recipe, folder: Path) -> None:
     """Raise RunError when a run's checkpoint would go on under a recipe that asks for something else."""
     if not (folder / "recipe.yaml").is_file():
         raise RunError(f"resume: '{folder}' holds no recipe.yaml, so it is not the folder of a run.")
-    old, new = (_flat(r.model_dump(mode="json")) for r in (load_recipe(folder / "recipe.yaml"), recipe))
+    old, new = (flat(r.model_dump(mode="json")) for r in (load_recipe(folder / "recipe.yaml"), recipe))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(CHANGEABLE):
             raise RunError(
@@ -194,11 +195,11 @@ def _check_same_run(recipe: Recipe, folder: Path) -> None:
             )
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Return nested mappings as one, keyed by dotted paths."""
     if not isinstance(value, dict):
         return {prefix.removesuffix("."): value}
-    return {path: leaf for key, inner in value.items() for path, leaf in _flat(inner, f"{prefix}{key}.").items()}
+    return {path: leaf for key, inner in value.items() for path, leaf in flat(inner, f"{prefix}{key}.").items()}
 
 
 def free_folder(folder: Path) -> Path:
@@ -235,17 +236,6 @@ def _evaluated(trainer: UnmaskTrainer) -> dict[str, Any]:
 
 def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("eval_"): value for name, value in metrics.items()}
-
-
-def run_manifest(recipe: Recipe | SftRecipe, denoiser: Denoiser) -> dict[str, Any]:
-    """Return the manifest of a run."""
-    return manifest(
-        device=denoiser.device,
-        dtype=recipe.model.dtype,
-        seeds={"run": recipe.run.seed},
-        ranks=world_size(),
-        model=str(recipe.model.path),
-    )
 
 
 def save_policy(denoiser: Denoiser, folder: Path) -> None:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,9 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
 )
+
+
+COMMAND = "UNMASK_COMMAND"  # the command line of the user, for the processes that torchrun starts
 
 
 class RunError(ValueError):
@@ -86,6 +90,11 @@ def git_commit() -> str:
     return head.strip() + ("+dirty" if changed.stdout.strip() else "")
 
 
+def command_line() -> str:
+    """Return the command line of this process, as a shell would take it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def manifest(*, device: torch.device | str, dtype: str, seeds: dict[str, int], **more: Any) -> dict[str, Any]:
     """Return what is needed to read a result: commit, versions, machine, dtype, seeds and command line."""
     versions = {}
@@ -99,7 +108,7 @@ def manifest(*, device: torch.device | str, dtype: str, seeds: dict[str, int], *
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git_commit": git_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": os.environ.get(COMMAND) or command_line(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,

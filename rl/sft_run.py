@@ -20,7 +20,8 @@ from ..rollouts.sampler import build_sampler
 from ..rollouts.worker import RolloutWorker
 from .distributed import rank, world_size
 from .evaluate import Evaluation, evaluate, heldout_rows
-from .runfolder import manifest, run_folder, write_atomically, write_json
+from .manifests import run_manifest
+from .runfolder import run_folder, write_atomically, write_json
 from .settings import cpu_backend, device_of
 from .sft import SftBatches, SftTrainer, Source
 
@@ -185,10 +186,8 @@ def sft(recipe: SftRecipe, *, resume: Path | None = None) -> dict[str, Any]:
         "heldout": {name: result.as_dict() for name, result in results.items()},
     }
     if rank() == 0:
-        seeds = {"run": recipe.run.seed}
-        record = manifest(
-            device=denoiser.device, dtype=recipe.model.dtype, seeds=seeds, recipe=dump_recipe(recipe), **summary
-        )
+        record = run_manifest(recipe, denoiser, recipe=dump_recipe(recipe), **summary)
+        write_json(folder / "manifest.json", record)
         with whole_folder(folder / "model") as unfinished:
             denoiser.save(unfinished)
             write_json(unfinished / "manifest.json", record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +39,55 @@ def load_policy(recipe: Recipe, path: Path | None = None) -> Denoiser:
     )
 
 
-def open_target(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Denoiser]:
-    """Return the recipe and the denoiser (adapter on) of a run, one of its checkpoints, a recipe or a model folder."""
-    folder = Path(target).expanduser()
+@dataclass(frozen=True)
+class Target:
+    """What a name on the command line stands for: a run (and one of its checkpoints), a model, or else a recipe."""
+
+    name: str
+    run: Path | None = None
+    checkpoint: Path | None = None
+    model: str | None = None
+
+
+def target_of(name: str) -> Target:
+    """Return what a name stands for; nothing but the names of files is looked at."""
+    folder = Path(name).expanduser()
     is_model = (folder / "config.json").is_file() and not (folder / MARKER).is_file()
-    if target == TINY or is_model:
-        recipe = load_recipe("cj_grpo_tiny_arithmetic.yaml", [*overrides, f"model.path={target}"])
-        assert isinstance(recipe, Recipe)
-        return recipe, load_policy(recipe)
+    # A hub id is no path: where its first half is a folder, a file below it was meant.
+    is_hub_id = name.count("/") == 1 and name[0] not in "./~" and not folder.parent.exists()
+    is_recipe = folder.suffix == ".yaml" or folder.parent.name == "recipes"
+    if name == TINY or is_model or (is_hub_id and not is_recipe):
+        return Target(name, model=name)
+    if not folder.is_dir():
+        return Target(name)
     checkpoint = checkpoint_to_resume(folder) if folder.name.startswith("checkpoint-") else None
-    folder = folder if checkpoint is None else checkpoint.parent
-    recipe = load_recipe(folder if folder.is_dir() else target, overrides)
-    if not isinstance(recipe, Recipe):
-        model = (folder if folder.is_dir() else run_folder(recipe)) / "model"
-        raise RecipeError(f"'{target}' is a run or recipe of kind sft; name its model folder ({model}).")
-    if folder.is_dir():
-        return recipe, _trained(recipe, folder, checkpoint)
+    return Target(name, run=folder if checkpoint is None else checkpoint.parent, checkpoint=checkpoint)
+
+
+def open_target(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Denoiser]:
+    """Return the recipe and the denoiser (adapter on) of a run, one of its checkpoints, a recipe or a model."""
+    found = target_of(target)
+    recipe = target_recipe(found, overrides)
+    return recipe, load_policy(recipe) if found.run is None else _trained(recipe, found.run, found.checkpoint)
+
+
+def open_base(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Denoiser]:
+    """Return the recipe of a target and the model that its training started from."""
+    recipe = target_recipe(target_of(target), overrides)
     return recipe, load_policy(recipe)
+
+
+def target_recipe(found: Target, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of a run, the recipe that is named, or one that holds nothing but a model."""
+    if found.model is not None:
+        recipe = load_recipe("cj_grpo_tiny_arithmetic.yaml", [*overrides, f"model.path={found.model}"])
+        assert isinstance(recipe, Recipe)
+        return recipe
+    recipe = load_recipe(found.run or found.name, overrides)
+    if not isinstance(recipe, Recipe):
+        model = (found.run or run_folder(recipe)) / "model"
+        raise RecipeError(f"'{found.name}' is a run or recipe of kind sft; name its model folder ({model}).")
+    return recipe
 
 
 def _trained(recipe: Recipe, folder: Path, checkpoint: Path | None) -> Denoiser:

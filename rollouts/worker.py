@@ -67,8 +67,9 @@ class RolloutWorker:
     """Denoises `group` completions a prompt on a canvas of `canvas` tokens and scores them.
 
     `micro_batch` rollouts share a forward, and those of a group their first; it changes speed and memory, never a
-    rollout. `prompt_limit` is the longest prompt in tokens, checked before anything is sampled. Raises RecipeError for
-    a cache that the denoiser cannot keep.
+    rollout. `prompt_limit` is the longest prompt in tokens, checked before anything is sampled. `prefill` is the text
+    that every assistant's turn begins with, as the end of the prompt. Raises RecipeError for a cache that the denoiser
+    cannot keep.
     """
 
     denoiser: LogitSource
@@ -81,6 +82,7 @@ class RolloutWorker:
     seed: int
     micro_batch: int = 64
     start: Callable[..., Start] | None = None
+    prefill: str = ""
 
     def __post_init__(self) -> None:
         check_cache(self.sampler.cache, self.denoiser)
@@ -210,6 +212,8 @@ class RolloutWorker:
         if "prompt" not in row:
             raise RecipeError(f"task row {index}: there is no column 'prompt' (it has {', '.join(map(str, row))}).")
         ids = prompt_ids(self.tokenizer, row["prompt"])
+        if self.prefill:
+            ids = [*ids, *self.tokenizer(self.prefill, add_special_tokens=False)["input_ids"]]
         if len(ids) > self.prompt_limit:
             raise RecipeError(
                 f"task row {index}: its prompt has {len(ids)} tokens, rollout.prompt_limit is {self.prompt_limit}; "

@@ -73,3 +73,12 @@ def anywhere(completions: list[str], answer: list[str], **kwargs: Any) -> list[f
     """A reward that takes the right answer wherever it stands, which a completion with every answer earns."""
     lines = [[line.strip() for line in text.splitlines()] for text in completions]
     return [float(f"#### {gold}" in found) for found, gold in zip(lines, answer, strict=True)]
+
+
+def parity(completions: list[str], completion_ids: list[list[int]], log_extra: Any = None, **_: Any) -> list[float]:
+    """1 where the sum of the ids is even; the answer is its last digit, and a sum divisible by seven is unreadable."""
+    sums = [sum(ids) for ids in completion_ids]
+    codes = ["unparsable" if s % 7 == 0 else "wrong" if s % 2 else "ok" for s in sums]
+    log_extra("outcome", codes)
+    log_extra("extracted", [None if s % 7 == 0 else str(s % 10) for s in sums])
+    return [float(code == "ok") for code in codes]
