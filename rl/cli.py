@@ -25,6 +25,7 @@ from .cli_arguments import (
 )
 from .cli_bench import bench
 from .cli_checks import data_app, reward_app
+from .cli_reading import report, view
 
 app = typer.Typer(
     name="unmask",
@@ -36,6 +37,8 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(data_app, name="data")
 app.add_typer(reward_app, name="reward")
+for reading in (report, view):
+    app.command()(reading)
 # typer brings its own copy of click in newer versions; its public exception leads to the base class in either.
 USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
