@@ -123,12 +123,15 @@ def evaluate(
 def sample(
     arguments: TargetArguments,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Prompt; without it a held-out problem.")] = None,
+    live: Annotated[bool, typer.Option("--live", help="Several completions side by side, redrawn in place.")] = False,
+    group: Annotated[int, typer.Option("--group", min=1, help="Completions, with --live.")] = 4,
+    speed: Annotated[float, typer.Option("--speed", min=0.1, help="Steps a second at most, with --live.")] = 8.0,
 ) -> None:
     """Show a canvas being unmasked in the terminal."""
     target, overrides = one_target(arguments, "run, model or recipe")
     from . import show
 
-    show.sample(target, prompt=prompt, overrides=overrides)
+    show.sample(target, prompt=prompt, overrides=overrides, live=live, group=group if live else 1, speed=speed)
 
 
 @app.command()

@@ -71,7 +71,7 @@ def draw(figure: Figure) -> str:
         if figure.level is not None:
             axes.axhline(figure.level, color=SOFT, linewidth=0.8, linestyle=":")
         axes.minorticks_off()
-        axes.locator_params(nbins=5, **({"axis": "x"} if figure.log else {}))
+        axes.locator_params(axis="x" if figure.log else "both", nbins=5)
         if not figure.log:
             axes.ticklabel_format(axis="y", scilimits=(-2, 5))
         axes.grid(linewidth=0.5)
