@@ -25,6 +25,7 @@ from .cli_arguments import (
 )
 from .cli_bench import bench
 from .cli_checks import data_app, reward_app
+from .cli_reading import report, view
 from .cli_results import compare, evaluate, protocols, reproduce, rollouts
 
 app = typer.Typer(
@@ -37,6 +38,8 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(data_app, name="data")
 app.add_typer(reward_app, name="reward")
+for reading in (report, view):
+    app.command()(reading)
 # typer brings its own copy of click in newer versions; its public exception leads to the base class in either.
 USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
@@ -111,12 +114,15 @@ app.command()(protocols)
 def sample(
     arguments: TargetArguments,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Prompt; without it a held-out problem.")] = None,
+    live: Annotated[bool, typer.Option("--live", help="Several completions side by side, redrawn in place.")] = False,
+    group: Annotated[int, typer.Option("--group", min=1, help="Completions, with --live.")] = 4,
+    speed: Annotated[float, typer.Option("--speed", min=0.1, help="Steps a second at most, with --live.")] = 8.0,
 ) -> None:
     """Show a canvas being unmasked in the terminal."""
     target, overrides = one_target(arguments, "run, model or recipe")
     from . import show
 
-    show.sample(target, prompt=prompt, overrides=overrides)
+    show.sample(target, prompt=prompt, overrides=overrides, live=live, group=group if live else 1, speed=speed)
 
 
 @app.command()

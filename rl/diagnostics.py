@@ -11,6 +11,7 @@ from .plan import Plan
 from .replay import Scores
 
 QUANTILES = {"ratio_p01": 0.01, "ratio_p50": 0.5, "ratio_p99": 0.99}
+GAP_QUANTILES = {"mismatch_p50": 0.5, "mismatch_p99": 0.99}
 
 
 @torch.no_grad()
@@ -19,10 +20,10 @@ def diagnose(function: LossFunction, plan: Plan, scores: Scores, *, recomputed: 
 
     `loss`; `ratio_max_deviation` (max |ratio - 1| over units) and quantiles of the ratio; `clip_fraction` (units of
     non-zero advantage whose ratio gets no gradient); `kl` (weighted mean of the divergence from the reference, 0
-    without); `kl_old` (mean of k3 from the old policy); `mismatch_mean` and `mismatch_max` (|training - rollout|
-    log-prob of a token, nats: of the recomputed old log-probs where there are any, else of this pass, which then
-    includes what earlier inner steps changed); `entropy` (mean, nats); `coefficient_max` (largest |dloss / dlogprob|);
-    `tokens`, `views` and `rollouts` that were scored, and the `mass`.
+    without); `kl_old` (mean of k3 from the old policy); `mismatch_mean`, `mismatch_max`, `mismatch_p50` and
+    `mismatch_p99` (|training - rollout| log-prob of a token, nats: of the recomputed old log-probs where there are any,
+    else of this pass, which then includes what earlier inner steps changed); `entropy` (mean, nats); `coefficient_max`
+    (largest |dloss / dlogprob|); `tokens`, `views` and `rollouts` that were scored, and the `mass`.
     """
     tokens = len(plan.weight_K)
     coefficient_A = function.coefficients(plan, scores.logprob_A) if tokens else scores.logprob_A
@@ -47,7 +48,7 @@ def diagnose(function: LossFunction, plan: Plan, scores: Scores, *, recomputed: 
         "rollouts": len(torch.unique(plan.views.row_N)),
     }
     maxima = {"mismatch_max": _max(gap_K), "coefficient_max": _max(coefficient_A.abs())}
-    return _merge(gather_objects((sums, maxima, loss.log_ratio_U.double().cpu())), plan.mass)
+    return _merge(gather_objects((sums, maxima, loss.log_ratio_U.double().cpu(), gap_K.double().cpu())), plan.mass)
 
 
 def _clipped(function: LossFunction, log_ratio_U: Tensor, advantage_U: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,13 +60,15 @@ def _clipped(function: LossFunction, log_ratio_U: Tensor, advantage_U: Tensor) -
     return eligible_U & (slope_U == 0), eligible_U
 
 
-def _merge(ranks: list[tuple[dict[str, float], dict[str, float], Tensor]], mass: float) -> dict[str, float]:
+def _merge(ranks: list[tuple[dict[str, float], dict[str, float], Tensor, Tensor]], mass: float) -> dict[str, float]:
     """Return the statistics of all ranks as one dictionary."""
     sums = {name: sum(rank[0][name] for rank in ranks) for name in ranks[0][0]}
     maxima = {name: max(rank[1][name] for rank in ranks) for name in ranks[0][1]}
     ratio = torch.cat([rank[2] for rank in ranks]).exp()
     tokens = max(sums["tokens"], 1)
     quantiles = {name: float(ratio.quantile(q)) if len(ratio) else 1.0 for name, q in QUANTILES.items()}
+    gap = torch.cat([rank[3] for rank in ranks])
+    quantiles |= {name: float(gap.quantile(q)) if len(gap) else 0.0 for name, q in GAP_QUANTILES.items()}
     return {
         "loss": sums["loss"],
         "ratio_max_deviation": _max((ratio - 1).abs()),

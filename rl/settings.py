@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -27,6 +29,14 @@ def device_of(name: str) -> str:
 def cpu_backend(device: str) -> str | None:
     """Return "gloo" for several processes on CPUs; None (no process group, or NCCL) otherwise."""
     return "gloo" if device_of(device) == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the most memory this process has held, in GB (10^9 bytes): of a CUDA device, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def rewards_of(recipe: Recipe) -> list[Reward]:

@@ -18,17 +18,24 @@ from ..recipes.registry import SLOTS
 from ..rollouts.engine import denoise
 from ..rollouts.trajectory import Trajectory
 from ..rollouts.worker import pad_left
+from .live import MASKED, SHADES, LiveView
 from .settings import rewards_of
 from .targets import evaluation_worker, open_target
 
-SHADES = ("grey50", "cyan", "bright_cyan", "green", "bright_green", "yellow", "bright_yellow", "magenta")
-MASKED = "·"
 
+def sample(
+    target: str,
+    *,
+    prompt: str | None = None,
+    overrides: Sequence[str] = (),
+    live: bool = False,
+    group: int = 1,
+    speed: float = 8.0,
+) -> Trajectory:
+    """Denoise completions of `prompt`, or of a held-out problem, showing every step; return their trajectories.
 
-def sample(target: str, *, prompt: str | None = None, overrides: Sequence[str] = ()) -> Trajectory:
-    """Denoise one completion of `prompt`, or of a held-out problem, showing every step; return its trajectory.
-
-    Colours run from the first committed tokens to the last. Without a terminal every step is one line.
+    Colours run from the first committed tokens to the last. Without a terminal every step is one line. With `live`,
+    `group` completions are side by side, `speed` steps a second at most.
     """
     recipe, denoiser = open_target(target, overrides)
     row: dict[str, Any] = {"prompt": prompt}
@@ -39,11 +46,15 @@ def sample(target: str, *, prompt: str | None = None, overrides: Sequence[str] =
     worker = evaluation_worker(recipe, denoiser, rewards)
     ids = worker.prompt(row)
     prompt_BQ, mask_BQ = pad_left([ids], denoiser.tokenizer.pad_token_id, multiple=denoiser.family.prompt_multiple)
-    device, id_B = denoiser.device, torch.zeros(1, dtype=torch.long)
-    canvas_BL, draft_BL = worker.canvases([row], id_B, step=0)
+    device, id_B = denoiser.device, torch.arange(group)
+    prompt_BQ, mask_BQ = prompt_BQ.repeat(group, 1), mask_BQ.repeat(group, 1)
+    canvas_BL, draft_BL = worker.canvases([row] * group, id_B, step=0)
     console = Console()
     console.print(Panel(Text(str(row["prompt"])), title="prompt", title_align="left"))
-    painter = _Painter(denoiser.tokenizer, denoiser.family.mask_token_id, console)
+    tokens, mask = denoiser.tokenizer, denoiser.family.mask_token_id
+    painter: Any = _Painter(tokens, mask, console)
+    if live:
+        painter = LiveView(tokens, mask, console, speed=speed, given_BL=canvas_BL)
     with painter:
         trajectory = denoise(
             denoiser,
@@ -57,11 +68,13 @@ def sample(target: str, *, prompt: str | None = None, overrides: Sequence[str] =
             on_step=painter.draw,
         ).to("cpu")
     completion_ids, completions = worker.decode(trajectory)
-    tokens, steps, temperature = len(completion_ids[0]), int(trajectory.steps_B[0]), worker.sampler.temperature
-    console.print(f"{tokens} tokens in {steps} steps (NFE), temperature {temperature:g}")
+    temperature = worker.sampler.temperature
+    for ids, steps in zip(completion_ids, trajectory.steps_B.tolist(), strict=True):
+        console.print(f"{len(ids)} tokens in {steps} steps (NFE), temperature {temperature:g}")
     if rewards:
-        table = worker.scorer([row], [row["prompt"]], completions, completion_ids)
-        console.print(f"outcome: {table.outcome[0]}, reward {float(table.total_B[0]):g}")
+        table = worker.scorer([row] * group, [row["prompt"]] * group, completions, completion_ids)
+        for outcome, reward in zip(table.outcome, table.total_B.tolist(), strict=True):
+            console.print(f"outcome: {outcome}, reward {reward:g}")
     console.print(f"next: unmask evaluate {target}", soft_wrap=True)
     return trajectory
 

@@ -40,7 +40,7 @@ from .optimizers import build_optimizer
 from .plan import Plan
 from .progress import Progress
 from .records import Records, batch_metrics, merge_metrics, write_rollouts
-from .settings import quiet_peft
+from .settings import peak_memory_gb, quiet_peft
 from .sharding import (
     gathered,
     leave_out_moments,
@@ -199,6 +199,7 @@ class UnmaskTrainer(Trainer):
         self._metrics |= {f"train/{name}": value for name, value in statistics.items() if name != "loss"}
         self._metrics["time/update_s"] = time.perf_counter() - planned
         self._metrics["time/step_s"] = time.perf_counter() - started
+        self._metrics["time/memory_gb"] = peak_memory_gb(self.args.device)
         return torch.tensor(statistics["loss"], device=self.args.device)
 
     def _collect(self, step: int) -> RolloutBatch:
