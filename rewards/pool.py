@@ -57,7 +57,8 @@ class _Task:
     key: str
     message: bytes
     attempts: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of wall clock, as it was
+    charged: float = 0.0  # against its limit: no attempt costs more than it was given, however late the pool looks
 
 
 class Pool:
@@ -131,14 +132,15 @@ class Pool:
 
     def _turn(self) -> None:
         """Wait for replies, submissions or the next deadline, and act on them."""
+        # Taken before looking: a reply that was there by its deadline counts, however late this thread gets to run.
+        now = time.monotonic()
         ends = [worker.deadline for worker in self._crew.workers.values() if worker.task is not None]
-        wait = max(0.0, min(ends) - time.monotonic()) if ends else None
+        wait = max(0.0, min(ends) - now) if ends else None
         for key, _ in self._crew.selector.select(wait):
             if key.fileobj is self._wake_read:
                 self._wake_read.recv(1 << 12)
             else:
                 self._read(key.data)
-        now = time.monotonic()
         for worker in list(self._crew.workers.values()):
             if worker.task is None or worker.deadline > now:
                 continue
@@ -184,8 +186,7 @@ class Pool:
         if worker.preparing:
             message, limit = frame({"prepare": task.key, "entry": dict(job.entry), "path": sys.path}), PREPARE_S
         else:
-            left = job.limit_s - task.seconds
-            message, limit = task.message, left / 2 if task.attempts == 0 else left
+            message, limit = task.message, allowance(job.limit_s, task.charged, task.attempts)
         worker.task, worker.began, worker.deadline = task, now, now + limit
         worker.connection.settimeout(limit)
         try:
@@ -236,8 +237,10 @@ class Pool:
         if task is None:
             return
         task.attempts += 1
-        task.seconds += 0.0 if preparing else spent
-        if task.attempts < 2 and task.seconds < task.job.limit_s:
+        if not preparing:
+            task.seconds += spent
+            task.charged += min(spent, allowance(task.job.limit_s, task.charged, task.attempts - 1))
+        if task.attempts < 2:
             with self._lock:
                 self._tasks.append(task)
             return
@@ -262,6 +265,12 @@ class Pool:
         for task in tasks:
             if not task.future.done():
                 task.future.set_exception(error)
+
+
+def allowance(limit_s: float, charged: float, attempts: int) -> float:
+    """Return the seconds that the next of a row's two attempts may take: half of its limit, then what is left."""
+    left = limit_s - charged
+    return left / 2 if attempts == 0 else left
 
 
 def _ready(pool: Pool, task: _Task) -> bool:

@@ -49,11 +49,12 @@ def act(completions: list[str], **columns: Any) -> list[float | None]:
 
 
 def child(completions: list[str], note: list[str]) -> list[float]:
-    """Start two processes, one in a session of its own, write all ids to the file `note`, and hang."""
-    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    """Start two processes, one in a session of its own, add all ids to the file `note`, and die."""
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
     processes = [subprocess.Popen(command, start_new_session=apart).pid for apart in (False, True)]
-    Path(note[0]).write_text(" ".join(map(str, [*processes, os.getpid()])))
-    time.sleep(60)
+    with Path(note[0]).open("a") as file:
+        file.write(" ".join(map(str, [*processes, os.getpid(), ""])))
+    os.kill(os.getpid(), signal.SIGKILL)
     return [0.0]
 
 
@@ -63,6 +64,13 @@ def second_time(completions: list[str], note: list[str]) -> list[float]:
     path.write_text(path.read_text() + "x" if path.exists() else "x")
     if path.read_text() == "x":
         os._exit(1)
+    return [1.0]
+
+
+def after(completions: list[str], note: list[str]) -> list[float]:
+    """Answer as soon as there is a file of that name."""
+    while not Path(note[0]).exists():
+        time.sleep(0.001)
     return [1.0]
 
 

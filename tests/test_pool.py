@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -20,7 +22,8 @@ import pytest
 
 from unmask.recipes.registry import RecipeError
 from unmask.rewards import Reward, RewardError, RewardTable, build_rewards, isolated, score
-from unmask.rewards.pool import Job, Pool, Result, default_workers
+from unmask.rewards.pool import Job, Pool, Result, allowance
+from unmask.rewards.processes import Worker, default_workers
 from unmask.rewards.verdicts import Isolation
 
 TESTS = Path(__file__).parent
@@ -43,7 +46,7 @@ def alone() -> None:
     others = psutil.Process().children(recursive=True)
     for process in others:
         process.kill()
-    psutil.wait_procs(others, timeout=10)
+    psutil.wait_procs(others, timeout=60)
 
 
 def live_children() -> list[str]:
@@ -90,14 +93,63 @@ def test_failures_have_a_code_and_a_cause_after_two_attempts(pool: Pool, text: s
 
 
 @pytest.mark.parametrize("text", ["hang", "sleep"])
-def test_a_hung_row_ends_within_its_limit(pool: Pool, text: str) -> None:
-    (warm,) = run(pool, "1")
-    assert warm.reply is not None
-    started = time.monotonic()
+def test_a_hung_row_is_tried_twice_and_given_up(pool: Pool, text: str) -> None:
+    """How far behind the limit the pool looks is the machine's; benchmarks/hostile.py measures it."""
     (result,) = run(pool, text, limit_s=0.4)
     assert (result.outcome, result.attempts) == ("timeout", 2)
-    assert "no verdict within its 0.4 s" in result.cause
-    assert 0.4 <= result.seconds < 0.4 + 0.3 and time.monotonic() - started < 1.5
+    assert "no verdict within its 0.4 s" in result.cause and result.seconds >= 0.4
+
+
+def test_both_attempts_share_the_limit() -> None:
+    assert allowance(0.4, 0.0, 0) == 0.2 and allowance(0.4, 0.2, 1) == 0.2
+    assert allowance(10.0, 0.5, 1) == 9.5  # it crashed early
+
+
+class Clock:
+    """The pool's clock, which a test can put forward, as if the machine had been busy with something else."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ahead = 0.0
+        monkeypatch.setattr("unmask.rewards.pool.time", SimpleNamespace(monotonic=self.monotonic))
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+def test_a_pool_that_looks_late_still_tries_a_row_twice(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(pool, "1")
+    clock, before = Clock(monkeypatch), pool.replaced
+    (future,) = pool.submit([Job("act", {"name": "hostilerewards:act"}, {"completions": ["sleep"]}, 0.4)])
+    while not future.running():
+        time.sleep(0.001)
+    clock.ahead = 100.0
+    result = future.result(60)
+    assert (result.outcome, result.attempts) == ("timeout", 2) and pool.replaced == before + 2
+    assert result.seconds >= 100.0
+
+
+def test_an_answer_that_came_in_time_counts_however_late_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one answer is read, the other row is answered and its deadline passes."""
+    other, note = Pool(workers=2), tmp_path / "now"
+    clock, read = Clock(monkeypatch), Worker.read
+
+    def slow_read(worker: Worker) -> Any:
+        workers = [w for w in other._crew.workers.values() if w is not worker and w.task is not None]
+        if not worker.preparing and workers:
+            note.touch()
+            assert select.select([workers[0].connection], [], [], 60)[0]
+            clock.ahead += 1000.0
+        return read(worker)
+
+    entry = {"name": "hostilerewards:after"}
+    jobs = [Job("after", entry, {"completions": ["x"], "note": [path]}, 100.0) for path in (str(TESTS), str(note))]
+    [future.result(60) for future in other.submit([jobs[0]] * 2)]  # both workers are there
+    monkeypatch.setattr(Worker, "read", slow_read)
+    results = [future.result(60) for future in other.submit(jobs)]
+    assert [(result.outcome, result.attempts) for result in results] == [(None, 1), (None, 1)]
+    other.close()
 
 
 def test_a_hundred_hung_rows_leave_the_pool_as_it_was(pool: Pool) -> None:
@@ -110,10 +162,10 @@ def test_a_hundred_hung_rows_leave_the_pool_as_it_was(pool: Pool) -> None:
 
 def test_what_a_row_started_is_killed_with_it(pool: Pool, tmp_path: Path) -> None:
     note = tmp_path / "ids"
-    (result,) = run(pool, "x", limit_s=1.0, name="child", note=[str(note)])
-    assert result.outcome == "timeout"
-    for process in map(int, note.read_text().split()):
-        assert not psutil.pid_exists(process)
+    (result,) = run(pool, "x", limit_s=60.0, name="child", note=[str(note)])
+    assert result.outcome == "error" and "SIGKILL" in result.cause
+    processes = [int(word) for word in note.read_text().split()]
+    assert len(processes) == 6 and not any(map(psutil.pid_exists, processes))  # two attempts
 
 
 def test_a_second_attempt_may_succeed(pool: Pool, tmp_path: Path) -> None:
@@ -137,13 +189,17 @@ def test_a_dead_nursery_is_replaced(pool: Pool) -> None:
 
 def test_from_a_thread_and_from_a_running_loop(pool: Pool) -> None:
     found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(run(pool, "sleep", "3", limit_s=0.2)))
+
+    def jobs(hung: str, fine: str) -> list[Job]:
+        entry = {"name": "hostilerewards:act"}
+        return [Job("act", entry, {"completions": [text]}, limit) for text, limit in ((hung, 0.2), (fine, 60.0))]
+
+    thread = threading.Thread(target=lambda: found.append([f.result(60) for f in pool.submit(jobs("sleep", "3"))]))
     thread.start()
     thread.join()
 
     async def notebook() -> list[Result]:
-        jobs = [Job("act", {"name": "hostilerewards:act"}, {"completions": [t]}, 0.2) for t in ("hang", "4")]
-        return list(await asyncio.gather(*map(asyncio.wrap_future, pool.submit(jobs))))
+        return list(await asyncio.gather(*map(asyncio.wrap_future, pool.submit(jobs("hang", "4")))))
 
     found.append(asyncio.run(notebook()))
     for expected, (hung, fine) in zip((3.0, 4.0), found, strict=True):
@@ -151,8 +207,9 @@ def test_from_a_thread_and_from_a_running_loop(pool: Pool) -> None:
 
 
 def test_failed_rows_are_excluded_not_punished(pool: Pool) -> None:
-    entries = [{**ACT, "limit_s": 0.4}, {"name": "hostilerewards:later", "weight": 0.5}]
-    got = table(pool, entries, ["2", "hang", "none", "raise"])
+    # Rows that are to be judged have one and a half seconds twice: they take microseconds.
+    entries = [{**ACT, "limit_s": 3.0}, {"name": "hostilerewards:later", "weight": 0.5}]
+    got = table(pool, entries, ["2", "sleep", "none", "raise"])
     assert got.outcome == ["ok", "timeout", "ok", "error"]
     assert got.total_B[0] == 2.5 and got.total_B[2] == 2.0 and got.total_B[[1, 3]].isnan().all()
     assert got.value_BR[:, 0].isnan().tolist() == [False, True, True, True]
@@ -233,7 +290,7 @@ def test_no_process_outlives_a_killed_trainer(number: int) -> None:
         assert len(processes) == 3
         os.kill(parent.pid, number)
         parent.wait(30)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while time.monotonic() < until and any(map(psutil.pid_exists, processes)):
         time.sleep(0.02)
     assert not any(map(psutil.pid_exists, processes))
