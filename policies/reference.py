@@ -34,12 +34,17 @@ class AdapterOff:
 
 
 def build_reference(policy: Denoiser, kind: str, *, beta: float) -> AdapterOff | Denoiser | None:
-    """Return the reference named `auto`, `adapter_off`, `frozen_copy` or `none`; None where beta is 0."""
+    """Return the reference named `auto`, `adapter_off`, `frozen_copy`, `old` or `none`; None where beta is 0.
+
+    `old` is the policy itself: what is planned before the first inner step is the old policy's.
+    """
     adapted = hasattr(policy.model, "disable_adapter")
     if kind == "none" or beta == 0:
         return None
     if kind == "auto":
         kind = "adapter_off" if adapted else "frozen_copy"
+    if kind == "old":
+        return policy
     if kind == "adapter_off":
         if not adapted:
             raise RecipeError("objective.reference: adapter_off needs model.lora; use frozen_copy without an adapter.")
@@ -47,4 +52,4 @@ def build_reference(policy: Denoiser, kind: str, *, beta: float) -> AdapterOff |
     if kind == "frozen_copy":
         model = copy.deepcopy(policy.model).eval().requires_grad_(False)
         return replace(policy, model=model)
-    raise RecipeError(f"objective.reference: '{kind}' is not one of auto, adapter_off, frozen_copy, none.")
+    raise RecipeError(f"objective.reference: '{kind}' is not one of auto, adapter_off, frozen_copy, old, none.")

@@ -8,7 +8,12 @@ from typing import Any
 from .registry import RecipeError
 from .schema import CorrectionSection, Recipe
 
-SCORES_ROLLOUTS = ("trace",)  # estimators that score the canvases the rollout saw, with its own log-probs beside
+SCORES_ROLLOUTS = ("trace", "drafts", "sliced")
+
+
+def scores_rollouts(estimator: Mapping[str, Any]) -> bool:
+    """Return whether an estimator scores the canvases that the rollout saw, with its own log-probs beside."""
+    return estimator["name"] in SCORES_ROLLOUTS and estimator.get("merge", 1) == 1
 
 
 def settle_correction(recipe: Recipe, written: Mapping[str, Any]) -> None:
@@ -18,7 +23,7 @@ def settle_correction(recipe: Recipe, written: Mapping[str, Any]) -> None:
     """
     objective = recipe.objective
     says_none = "correction" in written or (written.get("old", "recompute") != "recompute")
-    if says_none or objective.old == "none" or objective.estimator["name"] not in SCORES_ROLLOUTS:
+    if says_none or objective.old == "none" or not scores_rollouts(objective.estimator):
         return
     if _sampler(recipe).mismatch is not None:
         objective.correction = CorrectionSection(name="truncated", ceiling=2.0)
@@ -39,7 +44,7 @@ def correction_notes(recipe: Recipe) -> list[str]:
     """Return what is to be known where rollout and trainer disagree about a token's probability."""
     objective = recipe.objective
     reason, name = _sampler(recipe).mismatch, objective.correction.name
-    if reason is None or objective.estimator["name"] not in SCORES_ROLLOUTS:
+    if reason is None or not scores_rollouts(objective.estimator):
         return []
     if name == "none":
         return [

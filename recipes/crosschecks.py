@@ -11,7 +11,7 @@ from .registry import SLOTS, RecipeError
 from .schema import EvaluationSection, Recipe, SftEvaluationSection, SftRecipe
 from .sections import SamplerSection
 
-GROUP_ADVANTAGES = {"group_mean", "group_std", "leave_one_out"}
+GROUP_ADVANTAGES = {"group_mean", "group_std", "leave_one_out", "step_difference"}
 POSITIONAL_SCORES = {"random", "left_to_right"}
 POSITIONAL_SELECTIONS = {"top", "all", "plackett_luce", "entropy_budget"}
 

@@ -36,7 +36,7 @@ PART_MODULES = {
     "cache": "rollouts.caches",
     "reward": "rewards",
     "advantage": "rl.advantages",
-    "estimator": "rl.blockwise",
+    "estimator": "rl.drafts",
     "unit": "rl.units",
     "bound": "rl.bounds",
     "surrogate": "rl.surrogates",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .correcting import SCORES_ROLLOUTS
+from .correcting import scores_rollouts
 from .registry import SLOTS, RecipeError
 from .schema import ObjectiveSection, Recipe
 
@@ -13,6 +13,7 @@ def check_objective(recipe: Recipe) -> None:
     """Raise RecipeError for choices of the objective that cannot go together."""
     _check_correction(recipe)
     _check_estimator(recipe)
+    _check_drafts(recipe)
     _check_reference(recipe)
 
 
@@ -51,11 +52,12 @@ def _probe_learning(objective: ObjectiveSection) -> None:
 
 
 def _check_estimator(recipe: Recipe) -> None:
+    from ..rl.drafts import STEPS
     from ..rl.estimators import check_steps
 
     objective = recipe.objective
     estimator, unit = objective.estimator, objective.unit["name"]
-    recorded = estimator["name"] in SCORES_ROLLOUTS
+    recorded = scores_rollouts(estimator)
     if estimator["name"] in SLOTS["estimator"] and not recorded:
         if objective.old == "rollout":
             raise RecipeError(
@@ -70,18 +72,51 @@ def _check_estimator(recipe: Recipe) -> None:
     if "steps" not in estimator:
         return
     try:
-        check_steps(estimator["steps"], estimator["k"])
+        check_steps(estimator["steps"], estimator["k"], *([STEPS] if estimator["name"] == "drafts" else []))
     except RecipeError as error:
         raise RecipeError(f"objective.{error}") from error
-    if estimator["steps"] == "uniform_k" and unit == "rollout":
+    if estimator["steps"] != "all" and unit == "rollout":
         raise RecipeError(
-            "objective.unit: 'rollout' needs the ratio of the whole rollout, steps 'uniform_k' scores a part of it; "
-            "use unit step or token, or steps all."
+            f"objective.unit: 'rollout' needs the ratio of the whole rollout, steps '{estimator['steps']}' scores a "
+            "part of it; use unit step or token, or steps all."
+        )
+
+
+def _check_drafts(recipe: Recipe) -> None:
+    """Raise RecipeError where steps are told apart and cannot be."""
+    from ..rl.crediting import by_step
+
+    objective = recipe.objective
+    estimator, advantage, weight = objective.estimator, objective.advantage["name"], objective.weight
+    told = advantage in SLOTS["advantage"] and by_step(SLOTS["advantage"].get(advantage))
+    if told and estimator["name"] in SLOTS["estimator"] and estimator["name"] not in ("trace", "drafts"):
+        raise RecipeError(
+            f"objective.advantage: '{advantage}' tells steps apart, '{estimator['name']}' scores none of them; use "
+            "estimator drafts or trace, or an advantage of rollouts."
+        )
+    if estimator.get("steps") == "top_k" and not told and advantage in SLOTS["advantage"]:
+        raise RecipeError(
+            f"objective.estimator.steps: 'top_k' ranks the advantages of steps, '{advantage}' is that of a rollout; "
+            "use step_difference, or uniform_k."
+        )
+    parts = [("weight", weight), ("divergence_weight", objective.divergence_weight or weight)]
+    for where, part in parts:
+        if part["name"] == "drawn" and part.get("elbo") and estimator["name"] != "drafts":
+            raise RecipeError(
+                f"objective.{where}.elbo: weighs by the masks of a draft's canvas, and '{estimator['name']}' scores no "
+                "drafts; use estimator drafts, or elbo false."
+            )
+    if (told or estimator["name"] == "drafts") and recipe.rollout.sampler.length is not None:
+        raise RecipeError(
+            "rollout.sampler.length: drafts need a canvas of one length; drop it, or choose estimator trace and an "
+            "advantage of rollouts."
         )
 
 
 def _check_reference(recipe: Recipe) -> None:
     objective, lora = recipe.objective, recipe.model.lora
+    if objective.divergence_weight is not None and objective.over == "unit":
+        raise RecipeError("objective.divergence_weight: weighs tokens; with over 'unit' it has no effect, drop one.")
     if objective.beta > 0 and objective.reference == "none":
         raise RecipeError(
             f"objective.reference: 'none', but objective.beta {objective.beta:g} weighs a divergence to it; "

@@ -139,8 +139,13 @@ class ObjectiveSection(Section):
     over: Literal["token", "unit"] = Field(
         "token", description="token: divergence of each scored token; unit: of a unit's summed estimate, by its tokens"
     )
-    reference: Literal["auto", "adapter_off", "frozen_copy", "none"] = Field(
-        "auto", description="auto: none at beta 0, else adapter_off with LoRA and frozen_copy without"
+    divergence_weight: Annotated[Part, InSlot("weight")] | None = Field(
+        None, description="weight of each scored token in the divergence; null: as `weight`"
+    )
+    reference: Literal["auto", "adapter_off", "frozen_copy", "old", "none"] = Field(
+        "auto",
+        description="auto: none at beta 0, else adapter_off with LoRA and frozen_copy without; old: the policy before "
+        "the batch's first inner step",
     )
     correction: Annotated[CorrectionSection, BeforeValidator(named)] = Field(
         default_factory=lambda: CorrectionSection.model_validate({}),

@@ -88,7 +88,7 @@ class UnmaskConfig(TrainingArguments):
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One weight a reward; None: 1."})
     rollout_batch_size: int = field(default=64, metadata={"help": "Rollouts a denoising forward."})
     chunk_size: int = field(default=32, metadata={"help": "Views a training forward."})
-    reference: str = field(default="auto", metadata={"help": "auto, adapter_off, frozen_copy or none."})
+    reference: str = field(default="auto", metadata={"help": "auto, adapter_off, frozen_copy, old or none."})
     sharding: str = field(default="none", metadata={"help": "fsdp: weights and optimizer shared among the processes."})
     log_rollouts_every: int = field(default=10, metadata={"help": "Batches between stored rollouts (0: never)."})
     eval_problems: int = field(default=512, metadata={"help": "Held-out problems an evaluation."})

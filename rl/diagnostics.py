@@ -34,7 +34,8 @@ def diagnose(function: LossFunction, plan: Plan, scores: Scores, *, recomputed: 
     clipped_U, eligible_U = _clipped(function, loss.log_ratio_U, loss.advantage_U)
     divergence = 0.0
     if loss.divergence_X is not None:
-        divergence = _sum((loss.weight_U if function.over == "unit" else plan.weight_K) * loss.divergence_X)
+        weight_X = loss.weight_U if function.over == "unit" else plan.divergence_weight_K
+        divergence = _sum(weight_X * loss.divergence_X)
     sums = {
         "loss": float(loss.value),
         "clipped": _sum(clipped_U),

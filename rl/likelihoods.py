@@ -105,6 +105,7 @@ class Frame:
             sample_N=sample_N[kept_N],
             draws=(count if sample_M is None else 1) if draws is None else draws,
             clean=clean,
+            recorded=False,
         )
 
     def drop_prompts(self, views: Views, share: float) -> Views:

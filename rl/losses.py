@@ -82,7 +82,7 @@ class LossFunction:
             value = value + self.beta * (weight_U * divergence_X).sum()
         elif plan.reference_K is not None:
             divergence_X = self.divergence(logprob_A[: len(plan.weight_K)], plan.reference_K)
-            value = value + self.beta * (plan.weight_K * divergence_X).sum()
+            value = value + self.beta * (plan.divergence_weight_K * divergence_X).sum()
         # A mass of 0 means that no rank has a token to score.
         value = value / (plan.mass or 1.0)
         return Loss(value, surrogate_U, weight_U, log_ratio_U, advantage_U, row_U, divergence_X)

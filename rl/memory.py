@@ -68,7 +68,8 @@ def estimate(recipe: Recipe, ranks: int = 1) -> Estimate | None:
     adapted = isinstance(denoiser.model, PeftModel)
     trained = sum(p.numel() * _kept(p, sharded) for p in parameters if p.requires_grad)
     frozen = _quantized(denoiser) if recipe.model.quantization else _bytes(p for p in parameters if not p.requires_grad)
-    if recipe.objective.beta > 0 and (recipe.objective.reference == "frozen_copy" or not adapted):
+    kind = recipe.objective.reference
+    if recipe.objective.beta > 0 and (kind == "frozen_copy" or (kind != "old" and not adapted)):
         frozen += frozen + trained if adapted else _bytes(parameters)
     shares = ranks if sharded else 1
     rows, tokens = recipe.objective.chunk, recipe.rollout.prompt_limit + recipe.rollout.canvas

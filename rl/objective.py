@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from ..recipes.registry import SLOTS, RecipeError
 from ..rollouts.forward import LogitSource
 from ..rollouts.sampler import Sampler
+from ..rollouts.traits import wants
 from ..rollouts.trajectory import Trajectory
-from . import blockwise, bounds, divergences, surrogates, units, weights  # noqa: F401 (importing registers parts)
+from . import blockwise, bounds, divergences, drafts, slices, surrogates, units, weights  # noqa: F401 (registers parts)
 from .credit import Credit
 from .diagnostics import diagnose
 from .distributed import total
@@ -42,7 +43,8 @@ class Objective:
     `old` is the rollout's own log-prob, one recomputed by `plan`, or `none` (0: the surrogate gets the bound itself).
     Where it is recomputed, `correction` `truncated` sets c_U = min(p_old / p_rollout, `ceiling`) over the same unit,
     and `masked` 0 above the ceiling or below its inverse; else c_U = 1. The divergence is that of tokens, or `over` a
-    unit that of the summed estimates divided by its tokens. With `redraw` an estimator that draws does so anew for
+    unit that of the summed estimates divided by its tokens; `divergence_weight` gives w_X where it is not `weight`'s. A
+    reference that is the policy itself is the old policy. With `redraw` an estimator that draws does so anew for
     each of `inner_steps`. `chunk` views share a forward and a graph; it changes memory and speed, never the gradient.
     Gradients of several ranks are to be summed, not averaged. Dropout is up to the caller: with any, ratios of 1 are
     not 1.
@@ -53,6 +55,7 @@ class Objective:
     surrogate: Callable[..., Tensor]
     weight: Callable[..., tuple[Tensor, Tensor]]
     divergence: Callable[..., Tensor]
+    divergence_weight: Callable[..., tuple[Tensor, Tensor]] | None = None
     bound: Callable[..., Tensor] = bounds.sum_
     beta: float = 0.0
     over: str = "token"
@@ -79,6 +82,8 @@ class Objective:
             raise RecipeError(f"objective.correction.ceiling: {self.ceiling} must be positive.")
         if self.chunk < 1:
             raise RecipeError(f"objective.chunk: {self.chunk} must be at least 1 view.")
+        if self.divergence_weight is not None and self.over == "unit":
+            raise RecipeError("objective.divergence_weight: weighs tokens, and the divergence is over units; drop one.")
         if not self.beta >= 0:
             raise RecipeError(f"objective.beta: {self.beta} must be at least 0.")
         # A part with impossible knobs is refused here, before anything was sampled.
@@ -115,8 +120,10 @@ class Objective:
         """
         credit = advantage if isinstance(advantage, Credit) else Credit(advantage)
         _check_inputs(self, reference, trajectory, credit, sampler)
-        views = self.estimator(trajectory, rng=rng, context=sampler, inner=inner)
-        if self.old == "rollout" and views.estimated:
+        told = {"credit": credit} if wants(self.estimator, "credit") else {}
+        views = self.estimator(trajectory, rng=rng, context=sampler, inner=inner, **told)
+        views = replace(views, trajectory=trajectory.without_drafts())
+        if self.old == "rollout" and not views.recorded:
             raise RecipeError("objective.old: an estimator has no log-probs of the rollout's; set recompute or none.")
         if views.clean and policy.family.attention == "full":
             raise RecipeError("objective.estimator: blocks behind clean blocks need a block-causal family.")
@@ -124,28 +131,30 @@ class Objective:
         mass_B = mass_B * credit.applies_B
         mass = total(float(mass_B.double().sum()))
         advantage_A = credit.of(views)
-        views, weight_K, advantage_A = self._active(views, weight_K, advantage_A, credit)
+        active_N = self._active(views, advantage_A, credit)
+        kept_K, kept_A = active_N[views.view_K], active_N[views.actions.view_A]
+        divergence_K = None if self.divergence_weight is None else self.divergence_weight(views)[0][kept_K]
+        views, weight_K, advantage_A = views.where(active_N), weight_K[kept_K], advantage_A[kept_A].nan_to_num(0.0)
         old_A, behaviour_A = self._old(policy, views)
         reference_K = None
-        if self.beta > 0:
+        if self.beta > 0 and reference is policy and self.old != "none":
+            reference_K = old_A[: len(weight_K)].clone()
+        elif self.beta > 0:
             assert reference is not None
             reference_K = replay_all(reference, views, self.chunk).logprob_A[: len(weight_K)]
-        return Plan(views, advantage_A, weight_K, mass_B, behaviour_A, old_A, mass, reference_K)
+        return Plan(views, advantage_A, weight_K, mass_B, behaviour_A, old_A, mass, reference_K, divergence_K)
 
-    def _active(
-        self, views: Views, weight_K: Tensor, advantage_A: Tensor, credit: Credit
-    ) -> tuple[Views, Tensor, Tensor]:
-        """Leave out the views whose actions can have no gradient; a NaN advantage becomes 0."""
+    def _active(self, views: Views, advantage_A: Tensor, credit: Credit) -> Tensor:
+        """Return which views have an action that can have a gradient."""
         active_N = credit.applies_B[views.row_N]
         if self.beta == 0:
             moving_A = advantage_A.nan_to_num(0.0) != 0
             seen_N = torch.zeros_like(active_N, dtype=torch.long).index_add(0, views.actions.view_A, moving_A.long())
             active_N = active_N & (seen_N > 0)
-        kept_A = active_N[views.actions.view_A]
-        return views.where(active_N), weight_K[active_N[views.view_K]], advantage_A[kept_A].nan_to_num(0.0)
+        return active_N
 
     def _old(self, policy: LogitSource, views: Views) -> tuple[Tensor, Tensor]:
-        """Return the log-probs that the ratio divides by, and the rollout's own (those of estimated views: the old)."""
+        """Return the log-probs that the ratio divides by, and the rollout's own (the old, where it has none)."""
         behaviour_A = _behaviour(views)
         if self.old == "none":
             old_A = torch.zeros_like(behaviour_A)
@@ -153,7 +162,7 @@ class Objective:
             old_A = replay_all(policy, views, self.chunk).logprob_A
         else:
             old_A = behaviour_A.clone()
-        return old_A, old_A.clone() if views.estimated else behaviour_A
+        return old_A, behaviour_A if views.recorded else old_A.clone()
 
     def backward(self, policy: LogitSource, plan: Plan) -> dict[str, float]:
         """Add this rank's share of the loss's gradient to the parameters' `.grad` and return statistics.
@@ -187,11 +196,13 @@ def build_objective(section: Mapping[str, Any]) -> Objective:
     section = {"divergence": "k3", "bound": "sum", **section}
     slots = ("estimator", "unit", "bound", "surrogate", "weight", "divergence")
     parts: dict[str, Any] = {slot: SLOTS[slot].build(section[slot], f"objective.{slot}") for slot in slots}
+    also = section.get("divergence_weight")
     plain = ("beta", "over", "old", "redraw", "inner_steps", "chunk")
     return Objective(
         **parts,
         correction=correction["name"],
         ceiling=correction.get("ceiling") or 2.0,
+        divergence_weight=None if also is None else SLOTS["weight"].build(also, "objective.divergence_weight"),
         **{key: section[key] for key in plain if key in section},
     )
 

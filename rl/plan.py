@@ -15,6 +15,7 @@ from .views import TOKEN_TABLES, VIEW_TABLES, Views
 VIEW_FIELDS = (
     *("row_N", "step_N", "inclusion_N", "view_K", "position_K", "target_K", "behaviour_K", "count_B", "views_B"),
 )
+TERMS = ("reference_K", "divergence_K")  # of the divergence, where one is weighed
 PLAN_FIELDS = ("advantage_A", "weight_K", "mass_B", "behaviour_A", "old_A")
 
 
@@ -24,8 +25,8 @@ class Plan:
 
     Shapes: A actions (`Views.actions`), K scored tokens, B rollouts. `advantage_A` is that of each action,
     `behaviour_A` are the rollout's own log-probs, `old_A` those that the ratio divides by (the same, recomputed, or 0),
-    `reference_K` those of the reference where a divergence is weighed. `mass` is the denominator of the loss: the sum
-    of `mass_B` over all rollouts of all ranks.
+    `reference_K` those of the reference where a divergence is weighed, by `divergence_K` or else `weight_K`. `mass` is
+    the denominator of the loss: the sum of `mass_B` over all rollouts of all ranks.
     """
 
     views: Views
@@ -36,6 +37,12 @@ class Plan:
     old_A: Tensor
     mass: float
     reference_K: Tensor | None = None
+    divergence_K: Tensor | None = None
+
+    @property
+    def divergence_weight_K(self) -> Tensor:
+        """What each scored token counts in the divergence."""
+        return self.weight_K if self.divergence_K is None else self.divergence_K
 
     def part(self, start: int, stop: int) -> Plan:
         """Return the plan of the views `start` to `stop`."""
@@ -49,6 +56,7 @@ class Plan:
             behaviour_A=self.behaviour_A[index_A],
             old_A=self.old_A[index_A],
             reference_K=None if self.reference_K is None else self.reference_K[kept_K],
+            divergence_K=None if self.divergence_K is None else self.divergence_K[kept_K],
         )
 
     def action_index(self, start: int, stop: int) -> Tensor:
@@ -64,10 +72,9 @@ class Plan:
         saved = {name: getattr(self.views, name) for name in VIEW_FIELDS}
         saved |= {name: getattr(self, name) for name in PLAN_FIELDS}
         saved |= self.views.optional(VIEW_TABLES + TOKEN_TABLES)
-        saved["clean"], saved["draws"] = torch.tensor(self.views.clean), torch.tensor(self.views.draws)
+        saved |= {name: torch.tensor(getattr(self.views, name)) for name in ("clean", "draws", "recorded")}
         saved["mass"] = torch.tensor(self.mass, dtype=torch.float64)
-        if self.reference_K is not None:
-            saved["reference_K"] = self.reference_K
+        saved |= {name: value for name in TERMS if (value := getattr(self, name)) is not None}
         return saved
 
     @staticmethod
@@ -76,7 +83,7 @@ class Plan:
         choices = len(saved["old_A"]) - len(saved["weight_K"])
         names = (*VIEW_FIELDS, *VIEW_TABLES, *TOKEN_TABLES)
         tables: dict[str, Any] = {name: saved[name] for name in names if name in saved}
-        tables |= {"clean": bool(saved["clean"]), "draws": int(saved["draws"])}
+        tables |= {"clean": bool(saved["clean"]), "draws": int(saved["draws"]), "recorded": bool(saved["recorded"])}
         views = Views(trajectory, **tables, sampler=sampler if choices else None)
-        mass, reference_K = float(saved["mass"]), saved.get("reference_K")
-        return Plan(views, **{name: saved[name] for name in PLAN_FIELDS}, mass=mass, reference_K=reference_K)
+        terms: dict[str, Any] = {name: saved.get(name) for name in TERMS}
+        return Plan(views, **{name: saved[name] for name in PLAN_FIELDS}, **terms, mass=float(saved["mass"]))

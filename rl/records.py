@@ -72,6 +72,10 @@ def rollout_table(batch: RolloutBatch, step: int) -> dict[str, Any]:
         "advantage": advantage,
         "outcome": list(rewards.outcome),
     }
+    for name, value_BS in (("step_reward", batch.step_reward_BS), ("step_advantage", batch.step_advantage_BS)):
+        if value_BS is not None:
+            rows = zip(value_BS.tolist(), trajectory.steps_B.tolist(), strict=True)
+            table[name] = [[None if v != v else v for v in row[:count]] for row, count in rows]
     table |= _changes(trajectory)
     for index, name in enumerate(rewards.names):
         table[f"reward/{name}"] = [None if v != v else v for v in rewards.value_BR[:, index].tolist()]

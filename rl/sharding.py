@@ -76,7 +76,7 @@ def shard_for_training(accelerator: Accelerator, policy: Denoiser, reference: An
     """
     # In this mode accelerate wraps nothing, and what it has prepared once it leaves alone when Trainer asks again.
     accelerator.prepare_model(policy.model, evaluation_mode=True)
-    for denoiser in (policy, reference):
+    for denoiser in (policy, None if reference is policy else reference):
         if isinstance(denoiser, Denoiser):
             shard(denoiser)
 

@@ -30,10 +30,13 @@ from ..rollouts.worker import RolloutBatch, RolloutWorker
 from . import advantages
 from .checkpoints import PlanKeeper, file_errors, starting_point
 from .config import UnmaskConfig
+from .credit import Credit
+from .crediting import by_step, credited
 from .defaults import default_objective, default_sampler, trainable
 from .distributed import gather_objects, rank, reduce_gradients, world_size
 from .evaluate import evaluate, heldout_rows
 from .finite import require_finite_gradient
+from .losses import mark_of
 from .mismatch import mismatch_by_step
 from .objective import Objective
 from .optimizers import build_optimizer
@@ -105,10 +108,12 @@ class UnmaskTrainer(Trainer):
             prompt_limit=args.max_prompt_length,
             seed=args.seed,
             micro_batch=args.rollout_batch_size,
+            drafts=by_step(self.advantage) or bool(mark_of(self.objective.estimator, "needs_drafts")),
             start=start,
         )
         eval_temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
-        self.eval_worker = replace(self.worker, sampler=replace(eval_sampler or sampler, temperature=eval_temperature))
+        evaluated = replace(eval_sampler or sampler, temperature=eval_temperature)
+        self.eval_worker = replace(self.worker, sampler=evaluated, drafts=False)
         self.folder = Path(str(args.output_dir))
         # The plans in flight, one or one an inner step; the checkpoint that `train` resumes from; whether it was read.
         self.plans: list[Plan] = []
@@ -187,10 +192,9 @@ class UnmaskTrainer(Trainer):
         started = time.perf_counter()
         inner = step % self.args.num_iterations
         if not self.plans or inner == 0:
-            batch = self._collect(step)
-            batch = batch.with_advantage(self.advantage(batch.rewards.total_B, batch.group_B))
+            batch, credit = credited(self.worker, self._collect(step), self.advantage)
             self._report(batch, step)
-            self.plans = self._make_plans(batch, step)
+            self.plans = self._make_plans(batch, credit, step)
         planned = time.perf_counter()
         model.train()
         statistics = self.objective.backward(self.denoiser, self.plans[inner % len(self.plans)])
@@ -211,17 +215,16 @@ class UnmaskTrainer(Trainer):
         with whole(self.denoiser):
             return self.worker.collect(rows, step=number, first_id=first)
 
-    def _make_plans(self, batch: RolloutBatch, step: int) -> list[Plan]:
+    def _make_plans(self, batch: RolloutBatch, credit: Credit, step: int) -> list[Plan]:
         """Return the plan of a batch that every inner step reuses, or one for each where canvases are drawn anew."""
-        assert batch.advantage_B is not None
         device, inner_steps = self.denoiser.device, self.args.num_iterations
-        trajectory, advantage_B = batch.trajectory.to(device), batch.advantage_B.to(device)
+        trajectory, credit = batch.trajectory.to(device), credit.to(device)
         plans = [
             self.objective.plan(
                 self.denoiser,
                 self.reference,
                 trajectory,
-                advantage_B,
+                credit,
                 rng=generator(self.args.seed, "estimator", step, inner),
                 sampler=self.sampler,
                 inner=(inner, inner_steps),
@@ -325,7 +328,7 @@ def _steps(args: UnmaskConfig, rows: Rows) -> int:
 
 def _check_group(group: int, advantage: Any) -> None:
     function = advantage.func if isinstance(advantage, partial) else advantage
-    if group == 1 and function in (advantages.group_mean, advantages.group_std, advantages.leave_one_out):
+    if group == 1 and function in advantages.COMPARING:
         raise RecipeError(
             f"num_generations: 1 rollout has no group for advantage '{function.__name__}' to compare; use 2 or more."
         )

@@ -39,8 +39,8 @@ class Views:
     N x L table exists, and memory is that of the K <= B x L tokens however many steps there were. `view_K` (ascending),
     `position_K` (ascending inside a view) and `target_K` list the tokens. `inclusion_N` is the probability with which
     the estimator kept the view; `count_B` tokens and `views_B` views are what it would score of a rollout if it kept
-    all. `behaviour_K` are the rollout's own log-probs of the tokens. With a `sampler` each view has one more action,
-    the choice of its positions (samplers.md section 1.3).
+    all. `behaviour_K` are the rollout's own log-probs of the tokens, on these very canvases where `recorded`. With a
+    `sampler` each view has one more action, the choice of its positions (samplers.md section 1.3).
 
     *Estimated* views show canvases that no step saw: `hidden_NL` says which of the step's tokens are under the mask,
     and `prompt_hidden_NQ`, where given, which of the prompt's. `factor_K` is what each log-prob counts in the estimate
@@ -66,6 +66,7 @@ class Views:
     sample_N: Tensor | None = None
     draws: int = 1
     clean: bool = False
+    recorded: bool = True
 
     def __len__(self) -> int:
         return self.row_N.shape[0]

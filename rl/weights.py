@@ -2,7 +2,8 @@
 
 A weight function returns (`weight_K`, `mass_B`): the weight of each scored token, divided by the inclusion probability
 of its view, and the exact weight of each rollout if the estimator kept all its views. E[sum of a rollout's weights] =
-`mass_B`, and the loss is divided by the sum of `mass_B` over all rollouts of all ranks.
+`mass_B`, and the loss is divided by the sum of `mass_B` over all rollouts of all ranks. Only those marked `scaled` add
+up to something else: their method divides by a number that is no sum of weights.
 """
 
 from __future__ import annotations
@@ -66,3 +67,44 @@ def per_step_mean(views: Views) -> tuple[Tensor, Tensor]:
     count_N = torch.bincount(views.view_K, minlength=len(views))
     share_N = 1.0 / (count_N * views.views_B[views.row_N] * views.inclusion_N)
     return share_N[views.view_K], (views.count_B > 0).float()
+
+
+@weight.register
+def per_step(views: Views) -> tuple[Tensor, Tensor]:
+    """1 / n_{b,t}: a mean over the steps of all rollouts of the mean over a step's tokens (TraceRL, eq. 3).
+
+    A rollout of many steps counts for more. Views of merged steps are steps.
+    """
+    count_N = torch.bincount(views.view_K, minlength=len(views))
+    return (1.0 / (count_N * views.inclusion_N))[views.view_K], views.views_B.float()
+
+
+@weight.register
+def per_canvas(views: Views) -> tuple[Tensor, Tensor]:
+    """1 / L: a mean over the views of all rollouts of the sum over a view's tokens, by the canvas's length.
+
+    TraceRL's sliced training (trajectory_rl.md section 6.5): a normaliser that no completion's length changes.
+    """
+    share_N = 1.0 / (views.trajectory.canvas * views.inclusion_N)
+    return share_N[views.view_K], views.views_B.float()
+
+
+@weight.register
+def drawn(views: Views, *, elbo: bool = True, confidence: bool = True) -> tuple[Tensor, Tensor]:
+    """L / |M_t| p_old(x) / (n_t S_b): a mean over rollouts, their scored steps and a step's draws x (MDPO).
+
+    L / |M_t|, by the masked positions of the canvas, is the weight of the ELBO (without `elbo`: 1); p_old(x), with
+    which the rollout drew the token, makes uncertain draws count less (the released code's; without `confidence`: 1).
+    """
+    count_N = torch.bincount(views.view_K, minlength=len(views))
+    weight_K = (1.0 / (count_N * views.views_B[views.row_N] * views.inclusion_N))[views.view_K]
+    if elbo:
+        assert views.factor_K is not None, "only drafts know how much of their canvas was masked"
+        weight_K = weight_K * views.factor_K
+    if confidence:
+        weight_K = weight_K * views.behaviour_K.exp()
+    return weight_K, (views.views_B > 0).float()
+
+
+for other in (per_canvas, drawn):
+    other.scaled = True  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from torch import Tensor
 from .caches import check_cache
 from .choices import Scored, rollout_choice
 from .columns import Cached
+from .drafts import drafts_by_step, note_draft
 from .forward import Forward, LogitSource, Rows, shared_rows
 from .measures import Statistics, measure_rows
 from .ranking import rank
@@ -42,6 +43,7 @@ def denoise(
     group_B: Tensor | None = None,
     draft_BL: Tensor | None = None,
     static: bool | None = None,
+    drafts: bool = False,
     anyone: Callable[[bool], bool] | None = None,
     on_step: Callable[[Tensor], None] | None = None,
 ) -> Trajectory:
@@ -55,12 +57,14 @@ def denoise(
     to powers of two of rows and a fixed number of positions and looks at the device's state every fourth step only.
     `anyone` tells every rank whether any of them still has live rows (`rl.distributed.anyone`): with weights that each
     forward gathers, all ranks call the denoiser until the last row is done. `on_step` sees `tokens_BL` after each step.
-    Raises LogitError where the logits are NaN, or -inf for every allowed token.
+    `drafts` records what each step drew at every masked position. Raises LogitError where the logits are NaN, or -inf
+    for every allowed token.
     """
     run = _Run.start(
         denoiser, sampler, prompt_BQ, prompt_mask_BQ, canvas_BL, rollout_id_B, seed, step, group_B, draft_BL
     )
     run.static = canvas_BL.device.type != "cpu" if static is None else static
+    run.drafts = drafts
     if run.forward.cached is not None:
         run.forward.cached.static, run.forward.cached.lockstep = run.static, anyone is not None
     run.compact()
@@ -74,7 +78,7 @@ def denoise(
         run.compact()
         run.check()
         live = bool(run.unfinished().any())
-    return run.trajectory()
+    return _trajectory(run)
 
 
 @dataclass
@@ -97,6 +101,7 @@ class _Run:
     seed: int
     step: int
     static: bool = False
+    drafts: bool = False
 
     @property
     def banned(self) -> tuple[int, ...]:
@@ -206,6 +211,8 @@ class _Run:
         quota = quota._replace(window_BL=window_AL, count_B=count_A)
         state.window_AL, state.quota = window_AL, quota
         rows, flat_K, state.statistics = self._measure(state, live_A)
+        if self.drafts:
+            note_draft(self.record, state, self.alive_A, live_A)
         score_AL = sampler.scores(state)
         keys_AL = sampler.keys(state, score_AL)
         place_AL = rank(torch.where(window_AL, keys_AL.clamp(min=torch.finfo(keys_AL.dtype).min), -torch.inf))
@@ -227,7 +234,10 @@ class _Run:
         """Call the denoiser; return the logits of the asked positions, these positions, and their statistics."""
         sampler, (rows_A, length) = self.sampler, state.canvas_AL.shape
         asked_AL = asked_positions(sampler.reach, state, live_A)
-        flat_K = positions_of(asked_AL, most_asked(sampler, self.forward.calls, length) if self.static else None)
+        if self.drafts:
+            asked_AL = asked_AL | (state.masked_AL & live_A[:, None])
+        most = length if self.drafts else most_asked(sampler, self.forward.calls, length)
+        flat_K = positions_of(asked_AL, most if self.static else None)
         safe_K = flat_K.clamp(max=rows_A * length - 1)
         rows = sampler.transformed(self.forward(state, self.alive_A, asked_AL, safe_K), state, safe_K)
         uniform_K = state.uniform("draw").view(-1)[safe_K]
@@ -254,30 +264,32 @@ class _Run:
                 "for every allowed token; check the weights, or resume from an earlier checkpoint."
             )
 
-    def trajectory(self) -> Trajectory:
-        """Return what was recorded."""
-        record, sampler, family = self.record, self.sampler, self.denoiser.family
-        resizes = sampler.length is not None
-        return Trajectory(
-            prompt_BQ=self.prompt_BQ,
-            prompt_mask_BQ=self.prompt_mask_BQ,
-            tokens_BL=record.tokens_BL,
-            source_BL=record.source_BL,
-            born_BL=record.born_BL,
-            rank_BL=record.rank_BL,
-            logprob_BL=record.logprob_BL,
-            steps_B=record.steps_B,
-            rollout_id_B=self.rollout_id_B,
-            temperature=sampler.temperature,
-            mask_token_id=family.mask_token_id,
-            eos_token_ids=tuple(family.eos_token_ids),
-            banned_token_ids=self.banned,
-            choice_logprob_BS=record.choices() if sampler.exact_choice else None,
-            retracted=record.lifetimes() if sampler.revises else None,
-            length_BS=record.lengths_by_step() if resizes else None,
-            appeared_BL=record.appeared_BL if resizes else None,
-            offset_B=None if family.attention == "full" else self.offset_B,
-        )
+
+def _trajectory(run: _Run) -> Trajectory:
+    """Return what a run has recorded."""
+    record, sampler, family = run.record, run.sampler, run.denoiser.family
+    resizes = sampler.length is not None
+    return Trajectory(
+        prompt_BQ=run.prompt_BQ,
+        prompt_mask_BQ=run.prompt_mask_BQ,
+        tokens_BL=record.tokens_BL,
+        source_BL=record.source_BL,
+        born_BL=record.born_BL,
+        rank_BL=record.rank_BL,
+        logprob_BL=record.logprob_BL,
+        steps_B=record.steps_B,
+        rollout_id_B=run.rollout_id_B,
+        temperature=sampler.temperature,
+        mask_token_id=family.mask_token_id,
+        eos_token_ids=tuple(family.eos_token_ids),
+        banned_token_ids=run.banned,
+        choice_logprob_BS=record.choices() if sampler.exact_choice else None,
+        retracted=record.lifetimes() if sampler.revises else None,
+        length_BS=record.lengths_by_step() if resizes else None,
+        appeared_BL=record.appeared_BL if resizes else None,
+        offset_B=None if family.attention == "full" else run.offset_B,
+        **drafts_by_step(record),
+    )
 
 
 def asked_positions(reach: str, state: State, live_A: Tensor) -> Tensor:

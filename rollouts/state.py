@@ -110,6 +110,7 @@ class Record:
     retracted: list[tuple[Tensor, ...]] = field(default_factory=list)
     settled: list[tuple[Tensor, ...]] = field(default_factory=list)
     lengths: list[Tensor] = field(default_factory=list)
+    drafts: list[tuple[Tensor, ...]] = field(default_factory=list)
 
     @staticmethod
     def start(canvas_BL: Tensor, draft_BL: Tensor | None, length_B: Tensor, mask_token_id: int) -> Record:

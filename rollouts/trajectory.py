@@ -78,6 +78,10 @@ class Trajectory:
     `length_BS` is the number of positions at each step and, in one column more, at the end, and `appeared_BL` the step
     from which on a position exists: the canvas of a step is the first `length` of the positions that have appeared, in
     their order.
+
+    Where drafts were asked for (`rollouts.drafts`), `draft_BSL` holds the token (int32) that a step drew at each
+    position that was masked before it, the mask id elsewhere, `draft_logprob_BSL` its log-probability and
+    `draft_window_BSL` whether the step could have committed it.
     """
 
     prompt_BQ: Tensor
@@ -98,6 +102,9 @@ class Trajectory:
     length_BS: Tensor | None = None
     appeared_BL: Tensor | None = None
     offset_B: Tensor | None = None
+    draft_BSL: Tensor | None = None
+    draft_logprob_BSL: Tensor | None = None
+    draft_window_BSL: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens_BL.shape[0]
@@ -189,6 +196,10 @@ class Trajectory:
         moved = {name: value.to(device) for name, value in self._tensors().items()}
         return replace(self, **moved, retracted=None if self.retracted is None else self.retracted.to(device))
 
+    def without_drafts(self) -> Trajectory:
+        """Return the trajectory without its drafts, for what is kept until the last inner step."""
+        return replace(self, draft_BSL=None, draft_logprob_BSL=None, draft_window_BSL=None)
+
     @staticmethod
     def cat(parts: Sequence[Trajectory]) -> Trajectory:
         """Join trajectories along B; prompts are padded left and step tables right to the longest."""
@@ -199,9 +210,11 @@ class Trajectory:
             values = [getattr(part, name) for part in parts]
             if name.startswith("prompt"):
                 values = [torch.nn.functional.pad(v, (width - v.shape[1], 0)) for v in values]
-            elif name in ("choice_logprob_BS", "length_BS"):
+            elif name in ("choice_logprob_BS", "length_BS") or name.startswith("draft"):
                 steps = max(v.shape[1] for v in values)
-                values = [torch.nn.functional.pad(v, (0, steps - v.shape[1])) for v in values]
+                empty = first.mask_token_id if name == "draft_BSL" else 0
+                sides = [(*[0, 0] * (v.dim() - 2), 0, steps - v.shape[1]) for v in values]
+                values = [torch.nn.functional.pad(v, side, value=empty) for v, side in zip(values, sides, strict=True)]
             joined[name] = torch.cat(values)
         if first.retracted is not None:
             offset, lists = 0, []
@@ -226,6 +239,14 @@ class Trajectory:
         assert bool((self.logprob_BL <= 0).all()), "a log-probability is at most 0"
         undecided = self.tokens_BL == self.mask_token_id
         assert bool((undecided == (self.source_BL == PAD)).all()), "undecided tokens, and only those, are masks"
+        if self.draft_BSL is not None:
+            row_N, step_N = (torch.arange(self.draft_BSL.shape[1]) < self.steps_B.cpu()[:, None]).nonzero(as_tuple=True)
+            open_NL = self.canvas_before(row_N, step_N) == self.mask_token_id
+            drawn_NL = self.draft_BSL[row_N, step_N] != self.mask_token_id
+            assert bool((open_NL == drawn_NL).all()), "a draft fills the open positions, and only those"
+            token_NL, _ = self.drawn_at(row_N, step_N)
+            kept_NL = token_NL != self.mask_token_id
+            assert bool((self.draft_BSL[row_N, step_N][kept_NL] == token_NL[kept_NL]).all()), "commits are of the draft"
         if self.retracted is not None:
             past = self.retracted
             assert bool((past.born_R < past.died_R).all()), "a token that was taken back stood for a step at least"

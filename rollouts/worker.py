@@ -42,7 +42,8 @@ class ChunkScorer(Protocol):
 class RolloutBatch:
     """Rollouts with everything that judges them; entry i of every field belongs to rollout i.
 
-    `group_B` numbers the prompts, `advantage_B` is filled by the trainer, `metrics` are means over the batch.
+    `group_B` numbers the prompts, `metrics` are means over the batch. The trainer fills `advantage_B`, and where steps
+    are told apart `step_reward_BS` and `step_advantage_BS` (NaN behind a rollout's last step).
     """
 
     trajectory: Trajectory
@@ -52,6 +53,8 @@ class RolloutBatch:
     group_B: Tensor
     rewards: RewardTable
     advantage_B: Tensor | None = None
+    step_reward_BS: Tensor | None = None
+    step_advantage_BS: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -68,8 +71,9 @@ class RolloutWorker:
 
     `micro_batch` rollouts share a forward, and those of a group their first; it changes speed and memory, never a
     rollout. `prompt_limit` is the longest prompt in tokens, checked before anything is sampled. `prefill` is the text
-    that every assistant's turn begins with, as the end of the prompt. Raises RecipeError for a cache that the denoiser
-    cannot keep.
+    that every assistant's turn begins with, as the end of the prompt. `drafts` records what each step drew at every
+    masked position. Raises RecipeError for a cache that the denoiser cannot keep, and for drafts of canvases that
+    change their length.
     """
 
     denoiser: LogitSource
@@ -81,11 +85,14 @@ class RolloutWorker:
     prompt_limit: int
     seed: int
     micro_batch: int = 64
+    drafts: bool = False
     start: Callable[..., Start] | None = None
     prefill: str = ""
 
     def __post_init__(self) -> None:
         check_cache(self.sampler.cache, self.denoiser)
+        if self.drafts and self.sampler.length is not None:
+            raise RecipeError("sampler.length: drafts need a canvas of one length; drop it, or what asks for drafts.")
 
     def collect(self, rows: Sequence[Row], *, step: int, first_id: int = 0) -> RolloutBatch:
         """Return `len(rows) * group` scored rollouts; rollout ids count from `first_id * group`.
@@ -171,6 +178,7 @@ class RolloutWorker:
                 step=step,
                 group_B=owner_B[start : start + size].to(device),
                 draft_BL=draft_BL.to(device),
+                drafts=self.drafts,
             )
             parts.append(part.to("cpu"))
             finished(parts[-1])
@@ -205,7 +213,11 @@ class RolloutWorker:
             [token for token in tokens[:length] if token != trajectory.mask_token_id]
             for tokens, length in zip(trajectory.tokens_BL.tolist(), lengths, strict=True)
         ]
-        return ids, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return ids, self.texts(ids)
+
+    def texts(self, ids: list[list[int]]) -> list[str]:
+        """Return the texts of completions, without special tokens."""
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def prompt(self, row: Row, index: int = 0) -> list[int]:
         """Return the ids of a row's prompt; RecipeError when there is none or it exceeds `prompt_limit`."""
