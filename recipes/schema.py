@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from .sections import (
     NO_TRACKER,
     Count,
+    ExplorationSection,
     InSlot,
     Int,
     Part,
@@ -199,6 +200,10 @@ class Recipe(Section):
     model: ModelSection = Field(description="the denoiser")
     task: Annotated[Part, InSlot("task")] = Field(description="problems")
     rollout: RolloutSection = Field(description="one batch of rollouts")
+    exploration: ExplorationSection = Field(
+        default_factory=lambda: ExplorationSection.model_validate({}),
+        description="what is done for groups that failed, or that tell nothing; a method may fill it",
+    )
     rewards: list[Annotated[RewardEntry, InSlot("reward"), BeforeValidator(named)]] = Field(
         min_length=1, description="rewards and their weights"
     )

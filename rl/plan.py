@@ -74,7 +74,8 @@ class Plan:
     def from_tensors(trajectory: Trajectory, sampler: Sampler, saved: dict[str, Tensor]) -> Plan:
         """Return the plan that `tensors` saved; `trajectory` and `sampler` are those it was made with."""
         choices = len(saved["old_A"]) - len(saved["weight_K"])
-        tables: dict[str, Any] = {name: saved[name] for name in (*VIEW_FIELDS, *VIEW_TABLES, *TOKEN_TABLES) if name in saved}
+        names = (*VIEW_FIELDS, *VIEW_TABLES, *TOKEN_TABLES)
+        tables: dict[str, Any] = {name: saved[name] for name in names if name in saved}
         tables |= {"clean": bool(saved["clean"]), "draws": int(saved["draws"])}
         views = Views(trajectory, **tables, sampler=sampler if choices else None)
         mass, reference_K = float(saved["mass"]), saved.get("reference_K")

@@ -40,7 +40,7 @@ def sample(target: str, *, prompt: str | None = None, overrides: Sequence[str] =
     ids = worker.prompt(row)
     prompt_BQ, mask_BQ = pad_left([ids], denoiser.tokenizer.pad_token_id, multiple=denoiser.family.prompt_multiple)
     device, id_B = denoiser.device, torch.zeros(1, dtype=torch.long)
-    canvas_BL, draft_BL = worker.canvases([row], id_B, step=0)
+    canvas_BL, draft_BL, _ = worker.canvases([row], id_B, step=0)
     console = Console()
     console.print(Panel(Text(str(row["prompt"])), title="prompt", title_align="left"))
     painter = _Painter(denoiser.tokenizer, denoiser.family.mask_token_id, console)
