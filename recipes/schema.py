@@ -269,6 +269,12 @@ class SftSection(Section):
     )
     half_life: float = Field(0.1, gt=0, description="late: share of the canvas over which the odds double at t = 0")
     full_canvas: float = Field(0.3, ge=0, le=1, description="share of batches padded to the whole canvas with EOS")
+    long: str = Field(
+        "refuse",
+        pattern=r"^(refuse|drop|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
+        description="solutions longer than the task's canvas: refuse stops where they would not fit; drop takes another "
+        "row; `package.module:function` (row, canvas) returns a shorter text",
+    )
     autocast: bool = Field(False, description="forward in bfloat16, weights in model.dtype: faster on GPUs, AMX")
 
 

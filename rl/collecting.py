@@ -15,7 +15,7 @@ from ..recipes.tasks import Rows
 from ..rollouts import exploration as exploring
 from ..rollouts.noise import derived
 from ..rollouts.trajectory import HINT
-from ..rollouts.worker import RolloutBatch, RolloutWorker
+from ..rollouts.worker import RolloutBatch, RolloutWorker, measured
 from . import filters  # noqa: F401 (importing registers the parts)
 from .distributed import rank, world_size
 from .successes import Successes
@@ -134,7 +134,7 @@ class Collector:
         """Return the batch with the rewards of refused groups removed and everything counted."""
         kept_B, hint_BL = self._kept(batch), batch.trajectory.source_BL == HINT
         groups = len(torch.unique(batch.group_B))
-        batch.metrics |= {
+        batch.metrics |= measured(batch.trajectory, batch.completion_ids) | {
             "explore/failed_groups_after": len(exploring.failed_groups(batch)) / groups,
             "explore/refused": 1.0 - kept_B.double().mean().item(),
             "explore/hinted": hint_BL.any(dim=1).double().mean().item(),

@@ -37,9 +37,11 @@ class Frame:
     def of(trajectory: Trajectory, tokens: str, rng: torch.Generator | None, *, hints: bool = False) -> Frame:
         """Return the frame of a trajectory, whose `hints` may be scored like its own tokens; draws need a generator."""
         scored_BL = trajectory.action_BL(tokens)
+        hidden_BL = trajectory.source_BL == SAMPLED
         if hints:
             scored_BL = scored_BL | trajectory.hint_BL(tokens)
-        behind_BL = (trajectory.source_BL == SAMPLED) & ~scored_BL
+            hidden_BL = hidden_BL | trajectory.hint_BL("all")
+        behind_BL = hidden_BL & ~scored_BL
         seed = 0 if rng is None else int(torch.randint(2**62, (), generator=rng))
         return Frame(trajectory, scored_BL, behind_BL, seed)
 

@@ -116,20 +116,10 @@ class RolloutWorker:
         else:
             rewards = self.scorer(repeated, prompts, completions, completion_ids)
         group_B = torch.tensor(prompt_ids).repeat_interleave(self.group)
-        tokens = sum(map(len, completion_ids))
-        ended_B = torch.isin(trajectory.tokens_BL, torch.tensor(trajectory.eos_token_ids)).any(dim=1)
-        metrics = {
-            "rollout/nfe": trajectory.steps_B.double().mean().item(),
-            "rollout/length": tokens / max(len(repeated), 1),
-            "rollout/ended": ended_B.double().mean().item(),
-            "rollout/logprob": trajectory.logprob_BL.sum().item() / max(int(trajectory.action_BL("all").sum()), 1),
-        }
-        if trajectory.retracted is not None:
-            metrics["rollout/retracted"] = len(trajectory.retracted.row_R) / max(len(repeated), 1)
-            metrics["rollout/edited"] = int((trajectory.source_BL == EDITED).sum()) / max(len(repeated), 1)
+        metrics = measured(trajectory, completion_ids)
         batch = RolloutBatch(trajectory, repeated, completions, completion_ids, group_B, rewards, metrics=metrics)
         batch.metrics["time/rollout_s"] = seconds
-        batch.metrics["time/tokens_per_s"] = tokens / max(seconds, 1e-9)
+        batch.metrics["time/tokens_per_s"] = sum(map(len, completion_ids)) / max(seconds, 1e-9)
         return batch
 
     def rollout(
@@ -229,6 +219,22 @@ class RolloutWorker:
                 "raise the limit or drop long prompts."
             )
         return ids
+
+
+def measured(trajectory: Trajectory, completion_ids: Sequence[list[int]]) -> dict[str, float]:
+    """Return what a batch's metrics say of its trajectories, as means over rollouts (`logprob`: over drawn tokens)."""
+    count = max(len(trajectory), 1)
+    ended_B = torch.isin(trajectory.tokens_BL, torch.tensor(trajectory.eos_token_ids)).any(dim=1)
+    metrics = {
+        "rollout/nfe": trajectory.steps_B.double().mean().item(),
+        "rollout/length": sum(map(len, completion_ids)) / count,
+        "rollout/ended": ended_B.double().mean().item(),
+        "rollout/logprob": trajectory.logprob_BL.sum().item() / max(int(trajectory.action_BL("all").sum()), 1),
+    }
+    if trajectory.retracted is not None:
+        metrics["rollout/retracted"] = len(trajectory.retracted.row_R) / count
+        metrics["rollout/edited"] = int((trajectory.source_BL == EDITED).sum()) / count
+    return metrics
 
 
 def token_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:

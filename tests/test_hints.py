@@ -41,7 +41,7 @@ def texts(spans: list[tuple[int, int]], text: str) -> list[str]:
         ("a+2=9\nb-3=6\n#### 6", None, ["6", " 6", "6"]),
         ("12+4=16, so 6\n#### 6", None, ["6", " 6", "6"]),
         ("it is 6.5, not 6\nThe answer is: 6", None, ["6", " 6", "6"]),
-        (r"so $x=\frac{1}{2}$ and \boxed{\frac{1}{2}}", None, [r"\frac{1}{2}"]),
+        (r"so $x=\frac{1}{2}$ and \boxed{\frac{1}{2}}", None, [r"\frac{1}{2}"] * 2),
         (r"an unfinished \boxed{\{1", None, [r"\{1"]),
         ("<reasoning>\n4 and 4\n</reasoning>\n<answer>\n4\n</answer>", None, ["4", "4", "\n4\n", "4"]),
         ("no mark but 12 here, 12.5 there", "12", ["12"]),

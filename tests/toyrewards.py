@@ -73,3 +73,19 @@ def anywhere(completions: list[str], answer: list[str], **kwargs: Any) -> list[f
     """A reward that takes the right answer wherever it stands, which a completion with every answer earns."""
     lines = [[line.strip() for line in text.splitlines()] for text in completions]
     return [float(f"#### {gold}" in found) for found, gold in zip(lines, answer, strict=True)]
+
+
+def near(completion_ids: list[list[int]], reference: list[str], **kwargs: Any) -> list[float]:
+    """Right if at least seven bytes stand where the worked solution has them, which a random model does not get."""
+    pairs = zip(completion_ids, reference, strict=True)
+    return [float(sum(a == b for a, b in zip(ids, text.encode(), strict=False)) >= 7) for ids, text in pairs]
+
+
+def lucky(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """Right for one completion in twelve of a random model, whatever it says."""
+    return [float(sum(ids) % 12 == 0) for ids in completion_ids]
+
+
+def anything(completions: list[str], **kwargs: Any) -> list[float]:
+    """Everything is right."""
+    return [1.0] * len(completions)
