@@ -26,6 +26,7 @@ def check_recipe(recipe: Recipe | SftRecipe) -> None:
     _check_task(recipe.task, "task")
     _check_rewards(recipe)
     _check_rollout(recipe)
+    _check_exploration(recipe)
     check_objective(recipe)
     _check_optim(recipe.optim)
     _check_evaluation(recipe.evaluation, recipe.rollout.canvas, "rollout.canvas")
@@ -70,6 +71,13 @@ def check_data(recipe: Recipe | SftRecipe) -> dict[str, Any]:
             raise RecipeError(
                 f"{where}: the rows have no column 'reference'; supervised training needs worked solutions."
             )
+        if isinstance(recipe, Recipe) and recipe.exploration.hints is not None:
+            column = recipe.exploration.hints.get("column")
+            if column is not None and column not in row:
+                raise RecipeError(
+                    f"exploration.hints.column: the rows of '{choice['name']}' have no column '{column}'; name the one "
+                    "with worked solutions."
+                )
         check_columns(build_rewards(rewards, allow_code_execution=recipe.allow_code_execution), row)
         # Drawing the last one proves that there are so many; a stored dataset with fewer is evaluated whole.
         held = build("heldout", seed=recipe.run.seed)
@@ -160,6 +168,20 @@ def _check_rollout(recipe: Recipe) -> None:
         )
     check_sampler(rollout.sampler, rollout.canvas, "rollout.sampler", "rollout.canvas")
     check_density(recipe)
+
+
+def _check_exploration(recipe: Recipe) -> None:
+    exploration, start = recipe.exploration, recipe.rollout.start["name"]
+    if exploration.hints is not None and start != "blank":
+        raise RecipeError(
+            f"exploration.hints: hints stand at their places on a blank canvas, rollout.start is '{start}'; set it to "
+            "blank, or leave hints out."
+        )
+    if exploration.refills and exploration.filter is None:
+        raise RecipeError(
+            f"exploration.refills: {exploration.refills}, but no filter refuses a group; set exploration.filter to "
+            "signal."
+        )
 
 
 def check_sampler(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) -> None:

@@ -25,7 +25,9 @@ from .sections import InSlot
 
 PART_MODULES = {
     "task": "recipes.problems",
-    "canvas": "rollouts.canvases",
+    "canvas": "rollouts.hints",
+    "exploration": "rollouts.exploration",
+    "filter": "rl.filters",
     "schedule": "rollouts.sampler",
     "score": "rollouts.sampler",
     "selection": "rollouts.sampler",
@@ -116,8 +118,8 @@ def _with_method(data: dict[str, Any]) -> dict[str, Any]:
     methods = load_methods()
     if not isinstance(name, str) or name not in methods:
         raise RecipeError(f"method: unknown method {name!r}.{nearest(str(name), list(methods))}")
-    objective = data.get("objective")
-    return {**data, "objective": merge(methods[name]["objective"], {} if objective is None else objective)}
+    filled = {key: methods[name][key] for key in ("objective", "exploration") if key in methods[name]}
+    return {**data, **{key: merge(row, data.get(key) or {}) for key, row in filled.items()}}
 
 
 def _refuse_idle_method(written: dict[str, Any], data: dict[str, Any]) -> None:
@@ -125,7 +127,7 @@ def _refuse_idle_method(written: dict[str, Any], data: dict[str, Any]) -> None:
     before, after = written.get("method"), data.get("method")
     if before == after or before is None or after is None:
         return
-    if _with_method({**data, "method": before})["objective"] == _with_method(data)["objective"]:
+    if {**_with_method({**data, "method": before}), "method": after} == _with_method(data):
         raise RecipeError(
             f"method: '{after}' changes nothing, the file sets every choice of it; remove them from `objective`."
         )

@@ -165,6 +165,8 @@ SLOTS: dict[str, Slot] = {
         "remasking": "(state, chosen_AL, score_AL, *, ...) -> retract_AL",
         "editing": "(state, *, ...) -> edited_AL",
         "canvas": "(row, frame, *, ...) -> Start(tokens, draft)",
+        "exploration": "(batch, worker, step, *, ...) -> batch",
+        "filter": "(right_B, reward_B, group_B, *, ...) -> kept_B",
         "transform": "(logits_KV, state, row_K, place_K, *, ...) -> logits_KV",
         "length": "(state, *, start, ...) -> Resize",
         "cache": "(state, layout, *, ...) -> Recompute",

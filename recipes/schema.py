@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from .sections import (
     NO_TRACKER,
     Count,
+    ExplorationSection,
     InSlot,
     Int,
     Part,
@@ -204,6 +205,10 @@ class Recipe(Section):
     model: ModelSection = Field(description="the denoiser")
     task: Annotated[Part, InSlot("task")] = Field(description="problems")
     rollout: RolloutSection = Field(description="one batch of rollouts")
+    exploration: ExplorationSection = Field(
+        default_factory=lambda: ExplorationSection.model_validate({}),
+        description="what is done for groups that failed, or that tell nothing; a method may fill it",
+    )
     rewards: list[Annotated[RewardEntry, InSlot("reward"), BeforeValidator(named)]] = Field(
         min_length=1, description="rewards and their weights"
     )
@@ -269,6 +274,12 @@ class SftSection(Section):
     )
     half_life: float = Field(0.1, gt=0, description="late: share of canvas or block over which odds double at t = 0")
     full_canvas: float = Field(0.3, ge=0, le=1, description="share of batches padded to the whole canvas with EOS")
+    long: str = Field(
+        "refuse",
+        pattern=r"^(refuse|drop|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
+        description="solutions longer than the task's canvas: refuse stops where they would not fit; drop takes another "
+        "row; `package.module:function` (row, canvas) returns a shorter text",
+    )
     autocast: bool = Field(False, description="forward in bfloat16, weights in model.dtype: faster on GPUs, AMX")
 
 

@@ -61,6 +61,21 @@ class EosSection(Section):
     suppress: bool = Field(False, description="EOS is never drawn, so every completion fills its canvas")
 
 
+class ExplorationSection(Section):
+    """What is done for groups that failed, or that tell nothing."""
+
+    hints: Annotated[Part, InSlot("exploration")] | None = Field(
+        None, description="what is done for a group whose rollouts are all wrong; null: nothing"
+    )
+    filter: Annotated[Part, InSlot("filter")] | None = Field(
+        None, description="which groups are learnt from; null: all. Another has no gradient and no weight"
+    )
+    refills: Int = Field(0, ge=0, description="new problems, at most, for a group that `filter` refuses")
+    successes: Int = Field(
+        0, ge=0, description="problems whose latest right rollout is kept, for a group of theirs that fails; 0: none"
+    )
+
+
 class SamplerSection(Section):
     """How a canvas is unmasked."""
 

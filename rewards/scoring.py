@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .building import UNPASSED_COLUMNS, Reward, accepted_arguments, check_columns, needed_columns
@@ -44,6 +44,28 @@ class RewardTable:
 
     def __len__(self) -> int:
         return len(self.outcome)
+
+    def spliced(self, other: RewardTable, index_B: Tensor) -> RewardTable:
+        """Return the rows `index_B` of this table and `other`, end to end; metrics are this table's."""
+        import torch
+
+        chosen, counts = index_B.tolist(), (len(self), len(other))
+
+        def pick(own: Mapping[str, list[Any]], others: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+            # A column that only one of the tables has is None in rows of the other.
+            names = dict.fromkeys([*own, *others])
+            both = {n: [*own.get(n, [None] * counts[0]), *others.get(n, [None] * counts[1])] for n in names}
+            return {name: [values[i] for i in chosen] for name, values in both.items()}
+
+        outcome = [*self.outcome, *other.outcome]
+        return replace(
+            self,
+            value_BR=torch.cat([self.value_BR, other.value_BR])[index_B],
+            total_B=torch.cat([self.total_B, other.total_B])[index_B],
+            outcome=[outcome[i] for i in chosen],
+            extra=pick(self.extra, other.extra),
+            codes=pick(self.codes, other.codes),
+        )
 
     def components(self) -> dict[str, Tensor]:
         """Return each reward's values by its name in metrics: `reward/NAME`, or `truth/NAME`."""

@@ -7,22 +7,20 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import TrainerCallback
 
 from ..rollouts.sampler import Sampler
-from ..rollouts.trajectory import Lifetimes, Trajectory
 from .distributed import barrier, rank, world_size
 from .plan import Plan
 from .runfolder import write_json
 from .sharding import load_sharded, save_moments
+from .tensorfiles import trajectory_of, trajectory_tensors
 
 if TYPE_CHECKING:
     from .trainer import UnmaskTrainer
@@ -108,18 +106,9 @@ def plan_path(folder: Path, rank: int, inner: int = 0) -> Path:
 
 def save_plan(path: Path, plan: Plan) -> None:
     """Write a rank's plan with its trajectory."""
-    trajectory = plan.views.trajectory
     tensors = {f"plan.{name}": value.contiguous() for name, value in plan.tensors().items()}
-    constants: dict[str, Any] = {}
-    for entry in fields(trajectory):
-        value = getattr(trajectory, entry.name)
-        if isinstance(value, Tensor):
-            tensors[f"trajectory.{entry.name}"] = value.contiguous()
-        elif isinstance(value, Lifetimes):
-            tensors |= {f"retracted.{name}": part.contiguous() for name, part in value._asdict().items()}
-        else:
-            constants[entry.name] = value
-    save_file(tensors, path, metadata={"constants": json.dumps(constants)})
+    recorded, constants = trajectory_tensors(plan.views.trajectory)
+    save_file(tensors | recorded, path, metadata={"constants": json.dumps(constants)})
 
 
 def load_plan(path: Path, sampler: Sampler, device: torch.device | str = "cpu") -> Plan | None:
@@ -130,17 +119,8 @@ def load_plan(path: Path, sampler: Sampler, device: torch.device | str = "cpu") 
         with safe_open(path, framework="pt", device=str(device)) as file:
             constants: dict[str, Any] = json.loads(file.metadata()["constants"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        for name, value in constants.items():
-            if isinstance(value, list):
-                constants[name] = tuple(value)
-        parts: dict[str, dict[str, Tensor]] = {"plan": {}, "trajectory": {}, "retracted": {}}
-        for key, value in tensors.items():
-            owner, _, name = key.partition(".")
-            parts[owner][name] = value
-        recorded: dict[str, Any] = parts["trajectory"] | constants
-        if parts["retracted"]:
-            recorded["retracted"] = Lifetimes(**parts["retracted"])
-        return Plan.from_tensors(Trajectory(**recorded), sampler, parts["plan"])
+        planned = {key.removeprefix("plan."): value for key, value in tensors.items() if key.startswith("plan.")}
+        return Plan.from_tensors(trajectory_of(tensors, constants), sampler, planned)
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointReadError(f"{path}: damaged ({error}); resume from an earlier checkpoint.") from error
 
@@ -205,6 +185,7 @@ class PlanKeeper(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for inner, plan in enumerate(self.trainer.plans):
             save_plan(plan_path(folder, rank(), inner), plan)
+        self.trainer.collector.save(folder)
         if self.trainer.denoiser.root is not None:
             save_moments(folder, self.trainer.denoiser.model, kwargs["optimizer"])
         barrier()
@@ -215,6 +196,7 @@ class PlanKeeper(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the plan in flight and rewind the records when the run is a resumed one."""
         checkpoint, self.trainer.plans = self.trainer.checkpoint, []
+        self.trainer.collector.load(checkpoint)
         if checkpoint is not None:
             mark = {"ranks": 1, "records": {}} | json.loads((checkpoint / MARKER).read_text())
             if self.trainer.denoiser.root is not None:

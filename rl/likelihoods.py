@@ -34,10 +34,14 @@ class Frame:
     seed: int
 
     @staticmethod
-    def of(trajectory: Trajectory, tokens: str, rng: torch.Generator | None) -> Frame:
-        """Return the frame of a trajectory; estimators that draw need a generator."""
+    def of(trajectory: Trajectory, tokens: str, rng: torch.Generator | None, *, hints: bool = False) -> Frame:
+        """Return the frame of a trajectory, whose `hints` may be scored like its own tokens; draws need a generator."""
         scored_BL = trajectory.action_BL(tokens)
-        behind_BL = (trajectory.source_BL == SAMPLED) & ~scored_BL
+        hidden_BL = trajectory.source_BL == SAMPLED
+        if hints:
+            scored_BL = scored_BL | trajectory.hint_BL(tokens)
+            hidden_BL = hidden_BL | trajectory.hint_BL("all")
+        behind_BL = hidden_BL & ~scored_BL
         seed = 0 if rng is None else int(torch.randint(2**62, (), generator=rng))
         return Frame(trajectory, scored_BL, behind_BL, seed)
 
@@ -138,13 +142,15 @@ def fully_masked(
     inner: tuple[int, int] = (0, 1),
     prompt_drop: float = 0.0,
     tokens: Tokens = "until_eos",
+    hints: bool = False,
 ) -> Views:
     """Every token from a canvas of masks: sum_i log p(y_i | all masked), the mean-field estimate (d1; A0.1, E1).
 
-    Each prompt token is under the mask with probability `prompt_drop`. One forward. Biased: it has no order to the
+    Each prompt token is under the mask with probability `prompt_drop`. With `hints` the hints are hidden and scored too
+    (IGPO). One forward. Biased: it has no order to the
     ELBO, and is exact only where tokens are independent given the prompt.
     """
-    frame = Frame.of(trajectory, tokens, rng)
+    frame = Frame.of(trajectory, tokens, rng, hints=hints)
     return frame.drop_prompts(frame.views(frame.scored_BL[:, None]), prompt_drop)
 
 
@@ -159,17 +165,19 @@ def random_mask(
     draw: Literal["stratified", "independent", "bernoulli", "ladder"] = "stratified",
     start: float = 0.1,
     tokens: Tokens = "until_eos",
+    hints: bool = False,
 ) -> Views:
     """ELBO: L/k x sum over k hidden tokens, k uniform on 1..L, a mean over `draws` (LLaDA; A0.1, E3). Unbiased.
 
     `stratified` spreads the draws: k_j = 1 + floor(((u + j/M) mod 1) L), u ~ U(0, 1), uniform for every L and M (the
     common round(linspace) is not: P9). `bernoulli` hides each token with t ~ U(0, 1) and counts 1/t, of large variance.
     `ladder` is UniGRPO's: Bernoulli masks at a share that rises evenly from t0 ~ U(`start`, 1) in the first inner step
-    to 1 in the last; every hidden token counts 1. `draws` forwards.
+    to 1 in the last; every hidden token counts 1. With `hints` the hints are hidden and scored too.
+    `draws` forwards.
     """
     if draws < 1:
         raise RecipeError(f"estimator.draws: {draws} must be at least 1.")
-    frame = Frame.of(trajectory, tokens, rng)
+    frame = Frame.of(trajectory, tokens, rng, hints=hints)
     count_B1, m_1M = frame.count_B[:, None], frame.draws(draws)
     if draw in ("stratified", "independent"):
         own_BM = frame.noise("count", m_1M if draw == "independent" else torch.zeros_like(m_1M))

@@ -24,6 +24,7 @@ from .losses import LossFunction
 from .plan import Plan
 from .replay import Scores, chunks, join, replay, replay_all
 from .sharding import paced
+from .surprise import weigh
 from .views import Views
 
 CORRECTIONS = ("none", "truncated", "masked")
@@ -127,7 +128,7 @@ class Objective:
             raise RecipeError("objective.old: an estimator has no log-probs of the rollout's; set recompute or none.")
         if views.clean and policy.family.attention == "full":
             raise RecipeError("objective.estimator: blocks behind clean blocks need a block-causal family.")
-        weight_K, mass_B = self.weight(views)
+        views, weight_K, mass_B = weigh(self.weight, policy, views, self.chunk)
         mass_B = mass_B * credit.applies_B
         mass = total(float(mass_B.double().sum()))
         advantage_A = credit.of(views)

@@ -57,6 +57,7 @@ def rollout_table(batch: RolloutBatch, step: int) -> dict[str, Any]:
     """Return a batch as columns: text, tokens with their step map and log-probs, rewards, advantage and outcome."""
     trajectory, rewards, prompts = batch.trajectory, batch.rewards, [row["prompt"] for row in batch.rows]
     advantage = [None] * len(batch) if batch.advantage_B is None else batch.advantage_B.tolist()
+    advantage = [None if value != value else value for value in advantage]
     table: dict[str, Any] = {
         "step": [step] * len(batch),
         "rollout_id": trajectory.rollout_id_B.tolist(),

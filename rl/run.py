@@ -26,6 +26,7 @@ from ..recipes.schema import Recipe, SftRecipe
 from ..rollouts.sampler import build_sampler
 from . import sft_run
 from .checkpoints import checkpoint_to_resume, file_errors
+from .collecting import build_exploration
 from .config import UnmaskConfig
 from .distributed import rank
 from .evaluate import Evaluation, heldout_rows
@@ -126,6 +127,7 @@ def build_trainer(recipe: Recipe, folder: Path) -> UnmaskTrainer:
         objective=build_objective(recipe.objective.model_dump()),
         advantage=SLOTS["advantage"].build(recipe.objective.advantage),
         start=SLOTS["canvas"].build(recipe.rollout.start, "rollout.start"),
+        exploration=build_exploration(recipe.exploration.model_dump()),
         optim={"name": recipe.optim.optimizer, "matrix_lr": recipe.optim.matrix_lr, "betas": tuple(recipe.optim.betas)},
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from ..policies.blocks import place_in_block
 from ..policies.denoiser import Denoiser
 from ..policies.layout import Family
 from ..policies.tokenizers import completion_ids, prompt_ids
-from ..recipes.tasks import Rows
+from ..recipes.registry import RecipeError
+from ..recipes.tasks import Row, Rows
 from ..rollouts.noise import generator
 from .distributed import rank, reduce_gradients, world_size
 from .optimizers import build_optimizer
@@ -40,6 +41,35 @@ class Source:
     weight: float
     canvas: int
     start: float = 0.0
+
+
+TRIES = 1000  # rows that may be too long in a row
+STRIDE = 2**40  # beyond any index of a run: where a generated task has the row that replaces one
+
+
+class Aligned:
+    """Rows whose worked solutions fit `canvas` tokens, end included: length-aligned supervised training (IGPO).
+
+    A longer one is rewritten by `rewrite(row, canvas)`, which returns a text; what is still too long, or has no rewriter,
+    is left out for another row of the task. Which one is a function of the index alone.
+    """
+
+    def __init__(
+        self, rows: Rows, tokens: Callable[[str], int], canvas: int, rewrite: Callable[[Row, int], str] | None = None
+    ) -> None:
+        self.rows, self.tokens, self.canvas, self.rewrite = rows, tokens, canvas, rewrite
+        self.size = rows.size
+
+    def row(self, index: int) -> Row:
+        """Return row `index`, or what stands for it; RecipeError where nothing fits."""
+        stride = self.size or STRIDE
+        for attempt in range(TRIES):
+            row = self.rows.row(index + attempt * stride)
+            if self.tokens(row["reference"]) > self.canvas and self.rewrite is not None:
+                row = {**row, "reference": str(self.rewrite(row, self.canvas))}
+            if self.tokens(row["reference"]) <= self.canvas:
+                return row
+        raise RecipeError(f"sft.long: {TRIES} rows had solutions of more than {self.canvas} tokens; raise tasks[].canvas.")
 
 
 def corrupt(
@@ -120,7 +150,9 @@ class SftBatches(Dataset):
         width = -(-max(map(len, prompts)) // multiple) * multiple
         length = max(map(len, replies))
         if canvas is not None and length > canvas:
-            raise ValueError(f"sft: a completion has {length} tokens, the canvas {canvas}; raise tasks[].canvas.")
+            raise ValueError(
+                f"sft: a completion has {length} tokens, the canvas {canvas}; raise tasks[].canvas, or set sft.long to drop."
+            )
         length = canvas or length
         eos = self.family.eos_token_ids[0]
         pairs = zip(prompts, replies, strict=True)

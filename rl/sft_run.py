@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from transformers import TrainerCallback, TrainingArguments
 from ..policies.denoiser import Denoiser
 from ..policies.loading import load_denoiser, new_denoiser
 from ..policies.saving import whole_folder
+from ..policies.tokenizers import completion_ids
 from ..recipes.loading import dump_recipe
 from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import SftRecipe
+from ..recipes.tasks import Rows
 from ..rewards import Scorer, build_rewards
 from ..rollouts.sampler import build_sampler
 from ..rollouts.worker import RolloutWorker
@@ -23,7 +26,7 @@ from .evaluate import Evaluation, evaluate, heldout_rows
 from .manifests import run_manifest
 from .runfolder import run_folder, write_atomically, write_json
 from .settings import cpu_backend, device_of
-from .sft import SftBatches, SftTrainer, Source
+from .sft import Aligned, SftBatches, SftTrainer, Source
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +53,23 @@ def build_model(recipe: SftRecipe) -> Denoiser:
     )
 
 
-def sources(recipe: SftRecipe) -> list[Source]:
-    """Return the recipe's training tasks."""
+def sources(recipe: SftRecipe, denoiser: Denoiser) -> list[Source]:
+    """Return the recipe's training tasks, their solutions aligned to the canvas where the recipe says so."""
+
+    @lru_cache(maxsize=4096)
+    def tokens(text: str) -> int:
+        return len(completion_ids(denoiser.tokenizer, text, denoiser.family.end_id))
+
+    def aligned(rows: Rows, canvas: int) -> Rows:
+        long = recipe.sft.long
+        if long == "refuse":
+            return rows
+        return Aligned(rows, tokens, canvas, None if long == "drop" else SLOTS["task"].get(long))
+
     return [
         Source(
             name=entry.task["name"],
-            rows=SLOTS["task"].build(entry.task)("train", seed=recipe.run.seed),
+            rows=aligned(SLOTS["task"].build(entry.task)("train", seed=recipe.run.seed), entry.canvas),
             weight=entry.weight,
             canvas=entry.canvas,
             start=entry.start,
@@ -163,7 +177,7 @@ def sft(recipe: SftRecipe, *, resume: Path | None = None) -> dict[str, Any]:
         autocast=recipe.sft.autocast,
         args=arguments,
         train_dataset=SftBatches(
-            sources(recipe),
+            sources(recipe, denoiser),
             denoiser.tokenizer,
             denoiser.family,
             batch=recipe.sft.batch // world_size(),

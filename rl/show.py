@@ -48,7 +48,7 @@ def sample(
     prompt_BQ, mask_BQ = pad_left([ids], denoiser.tokenizer.pad_token_id, multiple=denoiser.family.prompt_multiple)
     device, id_B = denoiser.device, torch.arange(group)
     prompt_BQ, mask_BQ = prompt_BQ.repeat(group, 1), mask_BQ.repeat(group, 1)
-    canvas_BL, draft_BL = worker.canvases([row] * group, id_B, step=0)
+    canvas_BL, draft_BL, _ = worker.canvases([row] * group, id_B, step=0)
     console = Console()
     console.print(Panel(Text(str(row["prompt"])), title="prompt", title_align="left"))
     tokens, mask = denoiser.tokenizer, denoiser.family.mask_token_id

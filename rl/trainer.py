@@ -29,6 +29,7 @@ from ..rollouts.sampler import Sampler
 from ..rollouts.worker import RolloutBatch, RolloutWorker
 from . import advantages
 from .checkpoints import PlanKeeper, file_errors, starting_point
+from .collecting import Collector, Exploration
 from .config import UnmaskConfig
 from .credit import Credit
 from .crediting import by_step, credited
@@ -61,7 +62,8 @@ class UnmaskTrainer(Trainer):
     `model` is a Denoiser, a model folder, a hub id or `unmask:tiny`; `reward_funcs` are names, TRL reward functions or
     Rewards; datasets are sequences of rows with a `prompt` (or task Rows). A `peft_config` without target modules
     adapts the family's linear layers. `sampler` (at the temperature of `args`), `objective` and `advantage` default to
-    blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean; `start` is a canvas part (default: masks).
+    blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean; `start` is a canvas part (default: masks), and
+    `exploration` what is done for groups that fail or tell nothing (default: nothing).
     One `training_step` is one step.
     """
 
@@ -85,6 +87,7 @@ class UnmaskTrainer(Trainer):
         optim: dict[str, Any] | None = None,
         scoring: ScoringConfig | None = None,
         start: Callable[..., Start] | None = None,
+        exploration: Exploration | None = None,
     ) -> None:
         self.denoiser = denoiser = prepare(model, peft_config, args.seed)
         scoring = scoring or ScoringConfig()
@@ -111,6 +114,8 @@ class UnmaskTrainer(Trainer):
             drafts=by_step(self.advantage) or bool(mark_of(self.objective.estimator, "needs_drafts")),
             start=start,
         )
+        exploration = exploration or Exploration()
+        self.collector = Collector(self.worker, self.rows, prompts=args.num_prompts, exploration=exploration)
         eval_temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
         evaluated = replace(eval_sampler or sampler, temperature=eval_temperature)
         self.eval_worker = replace(self.worker, sampler=evaluated, drafts=False)
@@ -208,12 +213,9 @@ class UnmaskTrainer(Trainer):
 
     def _collect(self, step: int) -> RolloutBatch:
         """Return this rank's share of batch `step // num_iterations`."""
-        number, prompts = step // self.args.num_iterations, self.args.num_prompts // world_size()
-        first = rank() * prompts
-        rows = [self.rows.row(number * self.args.num_prompts + first + offset) for offset in range(prompts)]
         self.denoiser.model.eval()
         with whole(self.denoiser):
-            return self.worker.collect(rows, step=number, first_id=first)
+            return self.collector.collect(step // self.args.num_iterations)
 
     def _make_plans(self, batch: RolloutBatch, credit: Credit, step: int) -> list[Plan]:
         """Return the plan of a batch that every inner step reuses, or one for each where canvases are drawn anew."""

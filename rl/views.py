@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..rollouts.sampler import Sampler
 from ..rollouts.state import State
-from ..rollouts.trajectory import GIVEN, Trajectory
+from ..rollouts.trajectory import HINT, Trajectory, is_given
 
-VIEW_TABLES, TOKEN_TABLES = ("hidden_NL", "prompt_hidden_NQ", "sample_N"), ("factor_K",)
+VIEW_TABLES, TOKEN_TABLES = ("hidden_NL", "prompt_hidden_NQ", "sample_N"), ("factor_K", "entropy_K")
 
 
 class Actions(NamedTuple):
@@ -46,7 +46,7 @@ class Views:
     and `prompt_hidden_NQ`, where given, which of the prompt's. `factor_K` is what each log-prob counts in the estimate
     of its rollout's log-likelihood, and `sample_N` which of the estimator's `draws` a view belongs to. The rollout has
     no log-prob of these. With `clean` a view is scored behind the clean blocks of its rollout, in one pass over
-    [x_t ; x_0] (block-causal families).
+    [x_t ; x_0] (block-causal families). `entropy_K` is the old policy's at each token, in nats, where a weight asks.
     """
 
     trajectory: Trajectory
@@ -67,6 +67,7 @@ class Views:
     draws: int = 1
     clean: bool = False
     recorded: bool = True
+    entropy_K: Tensor | None = None
 
     def __len__(self) -> int:
         return self.row_N.shape[0]
@@ -88,6 +89,11 @@ class Views:
         place_K = self.row_K * length + self.position_K
         place_A = torch.cat([place_K, len(self.trajectory) * length + view_C])
         return Actions(self.row_N[view_A], view_A, sample_A, place_A, token_A, self.draws)
+
+    @property
+    def hint_K(self) -> Tensor:
+        """Which scored tokens are hints."""
+        return self.trajectory.source_BL[self.row_K, self.position_K] == HINT
 
     @property
     def estimated(self) -> bool:
@@ -148,7 +154,7 @@ class Views:
         first_NL = trajectory.exists_before(row_N, start_N)
         return replace(
             state,
-            given_AL=self.seen(trajectory.source_BL[row_N] == GIVEN),
+            given_AL=self.seen(is_given(trajectory.source_BL[row_N])),
             step_A=self.step_N,
             open_A=(open_NL if first_NL is None else open_NL & first_NL).sum(1),
             offset_A=state.offset_A if trajectory.offset_B is None else trajectory.offset_B[row_N],
@@ -170,6 +176,18 @@ class Views:
         """Return the views for which the bool `keep_N` is true."""
         keep_K = keep_N[self.view_K]
         return self._replaced(keep_N, keep_K, (keep_N.cumsum(0) - 1)[self.view_K[keep_K]])
+
+    def only(self, keep_K: Tensor) -> Views:
+        """Return estimated views without the tokens for which `keep_K` is false, which stay hidden."""
+        left = {name: getattr(self, name)[keep_K] for name in ("view_K", "position_K", "target_K", "behaviour_K")}
+        left |= {name: value[keep_K] for name, value in self.optional(TOKEN_TABLES).items()}
+        place_K = self.row_K * self.trajectory.canvas + self.position_K
+        place = torch.unique(place_K[keep_K])
+        count_B = torch.bincount(place // self.trajectory.canvas, minlength=len(self.trajectory))
+        seen_N = torch.zeros_like(self.row_N, dtype=torch.bool)
+        seen_N[left["view_K"]] = True
+        kept = replace(self, **left, count_B=count_B).where(seen_N)
+        return replace(kept, views_B=torch.bincount(kept.row_N, minlength=len(self.trajectory)))
 
     def _replaced(self, index_N: Tensor | slice, index_K: Tensor | slice, view_K: Tensor) -> Views:
         return replace(

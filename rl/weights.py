@@ -4,6 +4,9 @@ A weight function returns (`weight_K`, `mass_B`): the weight of each scored toke
 of its view, and the exact weight of each rollout if the estimator kept all its views. E[sum of a rollout's weights] =
 `mass_B`, and the loss is divided by the sum of `mass_B` over all rollouts of all ranks. Only those marked `scaled` add
 up to something else: their method divides by a number that is no sum of weights.
+
+Those marked `by_entropy` also read `entropy_K`, of the old policy, where there are hints; tokens to which they give
+weight 0 are taken out of the views.
 """
 
 from __future__ import annotations
@@ -11,17 +14,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..recipes.registry import SLOTS
+from ..recipes.registry import SLOTS, RecipeError
 from .views import Views
 
 weight = SLOTS["weight"]
 
 
-def times_scored(views: Views) -> Tensor:
-    """Return on how many of the views each scored token is scored."""
+def times_scored(views: Views, kept_K: Tensor | None = None) -> Tensor:
+    """Return on how many of the views each scored token is scored, of those `kept_K`."""
     place_K = views.row_K * views.trajectory.canvas + views.position_K
     place, index_K = torch.unique(place_K, return_inverse=True)
-    return torch.bincount(index_K, minlength=len(place))[index_K]
+    kept_K = torch.ones_like(index_K) if kept_K is None else kept_K.long()
+    return torch.zeros_like(place).index_add(0, index_K, kept_K)[index_K]
 
 
 @weight.register
@@ -108,3 +112,32 @@ def drawn(views: Views, *, elbo: bool = True, confidence: bool = True) -> tuple[
 
 for other in (per_canvas, drawn):
     other.scaled = True  # type: ignore[attr-defined]
+
+
+@weight.register
+def source(views: Views, *, share: float = 0.2) -> tuple[Tensor, Tensor]:
+    """1 a token, and of each view's hints only for the `share` that the old policy is least sure of (IGPO).
+
+    The other hints have weight 0 and are taken out of everything: neither a ratio nor a divergence sees them. At least
+    one hint a view stays (none at `share` 0); ties go to the earlier position. The mass counts what stays. On the
+    rollout's own canvases no hint is scored, and this is `uniform`.
+    """
+    if not 0 <= share <= 1:
+        raise RecipeError(f"weight.share: {share} must lie in [0, 1].")
+    if not views.estimated:
+        return uniform(views)
+    hint_K = views.hint_K
+    kept_K = ~hint_K
+    if views.entropy_K is not None and share > 0:
+        hints, count_N = hint_K.nonzero().squeeze(1), torch.bincount(views.view_K[hint_K], minlength=len(views))
+        # By view, then by falling entropy; both sorts are stable.
+        order = hints[torch.argsort(views.entropy_K[hints], descending=True, stable=True)]
+        order = order[torch.argsort(views.view_K[order], stable=True)]
+        view = views.view_K[order]
+        place = torch.arange(len(order), device=view.device) - (count_N.cumsum(0) - count_N)[view]
+        kept_K = kept_K.index_put((order,), place < (share * count_N[view]).floor().clamp(min=1))
+    share_K = kept_K / times_scored(views, kept_K).clamp(min=1)
+    return share_K, torch.zeros_like(views.count_B, dtype=share_K.dtype).index_add(0, views.row_K, share_K)
+
+
+source.by_entropy = True  # type: ignore[attr-defined]

@@ -22,7 +22,8 @@ class Frame(NamedTuple):
     """A canvas of `length` positions to be filled, and with what.
 
     `encode` gives a text's ids, `ending` the id that ends a completion and the one that pads behind it (empty: the
-    family has none). `uniform_L` are uniforms keyed by seed, batch and rollout.
+    family has none). `uniform_L` are uniforms keyed by seed, batch and rollout. `offsets` gives the first and the last
+    character (exclusive) of each of a text's tokens.
     """
 
     length: int
@@ -30,6 +31,7 @@ class Frame(NamedTuple):
     ending: tuple[int, ...]
     encode: Callable[[str], list[int]]
     uniform_L: Tensor
+    offsets: Callable[[str], list[tuple[int, int]]] | None = None
 
     def masks(self, count: int) -> list[int]:
         """Return open positions."""
@@ -43,10 +45,14 @@ class Frame(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Ids of the canvas, the mask where it is open, and which of the others may be taken back (None: none)."""
+    """Ids of the canvas, the mask where it is open, and which of the others may be taken back (None: none).
+
+    With `hints` the others come from a worked solution, and the trajectory marks them as such.
+    """
 
     tokens: list[int]
     draft: list[bool] | None = None
+    hints: bool = False
 
 
 @canvas.register

@@ -23,6 +23,11 @@ def generator(seed: int, purpose: str, step: int, index: int = 0) -> torch.Gener
     return torch.Generator().manual_seed(_digest(seed, purpose, step, index))
 
 
+def derived(seed: int, purpose: str, index: int = 0) -> int:
+    """Return a seed keyed by (seed, purpose, index), for rollouts that are drawn again."""
+    return _digest(seed, purpose, index) >> 1
+
+
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64 (torch's is arithmetic)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

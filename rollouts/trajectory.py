@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-PAD, SAMPLED, GIVEN, EDITED = 0, 1, 2, 3
+PAD, SAMPLED, GIVEN, EDITED, HINT = 0, 1, 2, 3, 4
 NEVER = -1
 
 
@@ -67,9 +67,10 @@ class Trajectory:
 
     Shapes: `B` rollouts, `Q` prompt tokens (left padded), `L` canvas, `S` steps of the longest row.
     `tokens_BL` is the final canvas with the mask id where nothing was decided (behind the first EOS, when the sampler
-    stops there). `source_BL` says PAD (undecided), SAMPLED, GIVEN or EDITED (by a rule). `born_BL` is the step, counted
-    from 0, that committed a token and `rank_BL` its place inside the step; both are -1 where nothing was sampled.
-    `logprob_BL` is the behaviour log-probability in nats at `temperature`, 0 where nothing was sampled.
+    stops there). `source_BL` says PAD (undecided), SAMPLED, GIVEN, EDITED (by a rule) or HINT (given, from a worked
+    solution). `born_BL` is the step, counted from 0, that committed a token and `rank_BL` its place inside the step;
+    both are -1 where nothing was sampled. `logprob_BL` is the behaviour log-probability in nats at `temperature`, 0
+    where nothing was sampled.
     `choice_logprob_BS` is the log-probability of the *positions* chosen at a step where they depend on drawn tokens or
     a random order (samplers.md 1.2, 1.3). `banned_token_ids`, the mask and where it is suppressed EOS, had probability
     0. `offset_B` counts the prompt's tokens in the canvas's first block, where a block-causal family has any there.
@@ -117,7 +118,7 @@ class Trajectory:
     def canvas_before(self, row_N: Tensor, step_N: Tensor) -> Tensor:
         """Return `canvas_NL`, the exact canvas that the denoiser saw at step `step_N` of rollout `row_N`."""
         born_NL = self.born_BL[row_N]
-        decided_NL = (self.source_BL[row_N] == GIVEN) | ((born_NL >= 0) & (born_NL < step_N[:, None]))
+        decided_NL = is_given(self.source_BL[row_N]) | ((born_NL >= 0) & (born_NL < step_N[:, None]))
         canvas_NL = torch.where(decided_NL, self.tokens_BL[row_N], self.mask_token_id)
         if self.retracted is None:
             return canvas_NL
@@ -163,7 +164,15 @@ class Trajectory:
             return sampled_BL
         if tokens != "until_eos":
             raise ValueError(f"tokens: '{tokens}' is not one of until_eos, all.")
-        return sampled_BL & (torch.arange(self.canvas, device=self.born_BL.device) < self.length_B[:, None])
+        return sampled_BL & self._until_eos()
+
+    def hint_BL(self, tokens: str = "until_eos") -> Tensor:
+        """Return which tokens are hints, `until_eos` or `all` of them."""
+        hint_BL = self.source_BL == HINT
+        return hint_BL & self._until_eos() if tokens == "until_eos" else hint_BL
+
+    def _until_eos(self) -> Tensor:
+        return torch.arange(self.canvas, device=self.born_BL.device) < self.length_B[:, None]
 
     def actions(self, tokens: str = "until_eos") -> Actions:
         """Return the tokens that are actions of the policy, those taken back included, by rollout and step.
@@ -252,6 +261,11 @@ class Trajectory:
             assert bool((past.born_R < past.died_R).all()), "a token that was taken back stood for a step at least"
             assert bool((past.row_R.diff() >= 0).all()), "lifetimes are sorted by rollout"
             assert bool((past.died_R < self.steps_B[past.row_R]).all()), "nothing is taken back after the last step"
+
+
+def is_given(source: Tensor) -> Tensor:
+    """Return where a table of sources says that a token was on the canvas before the first step."""
+    return (source == GIVEN) | (source == HINT)
 
 
 def _ranges(first_N: Tensor, count_N: Tensor) -> Tensor:

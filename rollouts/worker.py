@@ -20,7 +20,7 @@ from .engine import denoise
 from .forward import LogitSource
 from .noise import uniform
 from .sampler import Sampler
-from .trajectory import EDITED, Trajectory
+from .trajectory import EDITED, GIVEN, HINT, Trajectory
 
 if TYPE_CHECKING:
     from ..rewards.scoring import RewardTable, Scoring
@@ -94,12 +94,15 @@ class RolloutWorker:
         if self.drafts and self.sampler.length is not None:
             raise RecipeError("sampler.length: drafts need a canvas of one length; drop it, or what asks for drafts.")
 
-    def collect(self, rows: Sequence[Row], *, step: int, first_id: int = 0) -> RolloutBatch:
+    def collect(
+        self, rows: Sequence[Row], *, step: int, first_id: int = 0, ids: Sequence[int] | None = None
+    ) -> RolloutBatch:
         """Return `len(rows) * group` scored rollouts; rollout ids count from `first_id * group`.
 
         `step` keys the noise together with the rollout ids; `first_id` is the global index of the first prompt, so that
-        ranks which share a batch draw what one process would.
+        ranks which share a batch draw what one process would. `ids` are those of all prompts, where they are no range.
         """
+        prompt_ids = list(range(first_id, first_id + len(rows))) if ids is None else list(ids)
         repeated = [row for row in rows for _ in range(self.group)]
         prompts = [row.get("prompt") for row in repeated]
         scoring = self.scorer.begin() if isinstance(self.scorer, ChunkScorer) else None
@@ -115,27 +118,17 @@ class RolloutWorker:
                 scoring.add(repeated[chunk], prompts[chunk], texts, ids)
 
         started = time.perf_counter()
-        trajectory = self.rollout(rows, step=step, first_id=first_id, finished=judge)
+        trajectory = self.rollout(rows, step=step, ids=prompt_ids, finished=judge)
         seconds = time.perf_counter() - started
         if isinstance(self.scorer, ChunkScorer) and scoring is not None:
             rewards = self.scorer.finish(scoring)
         else:
             rewards = self.scorer(repeated, prompts, completions, completion_ids)
-        group_B = torch.arange(len(rows)).repeat_interleave(self.group) + first_id
-        tokens = sum(map(len, completion_ids))
-        ended_B = torch.isin(trajectory.tokens_BL, torch.tensor(trajectory.eos_token_ids)).any(dim=1)
-        metrics = {
-            "rollout/nfe": trajectory.steps_B.double().mean().item(),
-            "rollout/length": tokens / max(len(repeated), 1),
-            "rollout/ended": ended_B.double().mean().item(),
-            "rollout/logprob": trajectory.logprob_BL.sum().item() / max(int(trajectory.action_BL("all").sum()), 1),
-        }
-        if trajectory.retracted is not None:
-            metrics["rollout/retracted"] = len(trajectory.retracted.row_R) / max(len(repeated), 1)
-            metrics["rollout/edited"] = int((trajectory.source_BL == EDITED).sum()) / max(len(repeated), 1)
+        group_B = torch.tensor(prompt_ids).repeat_interleave(self.group)
+        metrics = measured(trajectory, completion_ids)
         batch = RolloutBatch(trajectory, repeated, completions, completion_ids, group_B, rewards, metrics=metrics)
         batch.metrics["time/rollout_s"] = seconds
-        batch.metrics["time/tokens_per_s"] = tokens / max(seconds, 1e-9)
+        batch.metrics["time/tokens_per_s"] = sum(map(len, completion_ids)) / max(seconds, 1e-9)
         return batch
 
     def rollout(
@@ -144,6 +137,7 @@ class RolloutWorker:
         *,
         step: int,
         first_id: int = 0,
+        ids: Sequence[int] | None = None,
         finished: Callable[[Trajectory], None] = lambda part: None,
     ) -> Trajectory:
         """Return the trajectories of `group` completions of every row, in row order.
@@ -154,7 +148,8 @@ class RolloutWorker:
             raise RecipeError("rollout: there are no task rows to roll out; the dataset is empty.")
         prompts = [self.prompt(row, index) for index, row in enumerate(rows)]
         owner_B = torch.arange(len(rows)).repeat_interleave(self.group)
-        rollout_id_B = torch.arange(len(owner_B)) + first_id * self.group
+        first_Q = torch.arange(len(rows)) + first_id if ids is None else torch.tensor(ids)
+        rollout_id_B = (first_Q[:, None] * self.group + torch.arange(self.group)).flatten()
         device = getattr(self.denoiser, "device", torch.device("cpu"))
         parts = []
         size = self.micro_batch
@@ -166,7 +161,7 @@ class RolloutWorker:
             pad, multiple = self.tokenizer.pad_token_id or 0, self.denoiser.family.prompt_multiple
             prompt_BQ, prompt_mask_BQ = pad_left([prompts[i] for i in chosen], pad, multiple=multiple)
             id_B = rollout_id_B[start : start + size]
-            canvas_BL, draft_BL = self.canvases([rows[i] for i in chosen], id_B, step=step)
+            canvas_BL, draft_BL, hinted_B = self.canvases([rows[i] for i in chosen], id_B, step=step)
             part = denoise(
                 self.denoiser,
                 self.sampler,
@@ -180,31 +175,39 @@ class RolloutWorker:
                 draft_BL=draft_BL.to(device),
                 drafts=self.drafts,
             )
-            parts.append(part.to("cpu"))
+            parts.append(with_hints(part.to("cpu"), hinted_B))
             finished(parts[-1])
         return Trajectory.cat(parts)
 
-    def canvases(self, rows: Sequence[Row], rollout_id_B: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
-        """Return (`canvas_BL`, `draft_BL`) of a rollout of each row: ids at the start, and which may be taken back."""
+    def canvases(self, rows: Sequence[Row], rollout_id_B: Tensor, *, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (`canvas_BL`, `draft_BL`, `hinted_B`) of a rollout of each row.
+
+        Ids at the start, which of them may be taken back, and whether they come from a worked solution.
+        """
         family = self.denoiser.family
         canvas_BL = torch.full((len(rows), self.canvas), family.mask_token_id)
         draft_BL = torch.zeros_like(canvas_BL, dtype=torch.bool)
+        hinted_B = torch.zeros(len(rows), dtype=torch.bool)
         if self.start is None:
-            return canvas_BL, draft_BL
+            return canvas_BL, draft_BL, hinted_B
 
         @cache
         def encode(text: str) -> list[int]:
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+        @cache
+        def offsets(text: str) -> list[tuple[int, int]]:
+            return token_offsets(self.tokenizer, text)
+
         noise_BL = uniform(self.seed, "start", step, rollout_id_B[:, None], torch.arange(self.canvas))
         ending = (family.end_id, family.eos_token_ids[0]) if family.eos_token_ids else ()
         for b, row in enumerate(rows):
-            frame = Frame(self.canvas, family.mask_token_id, ending, encode, noise_BL[b])
-            tokens, draft = self.start(row, frame)
+            frame = Frame(self.canvas, family.mask_token_id, ending, encode, noise_BL[b], offsets)
+            tokens, draft, hinted_B[b] = Start(*self.start(row, frame))
             canvas_BL[b] = torch.tensor(tokens)
             if draft is not None:
                 draft_BL[b] = torch.tensor(draft)
-        return canvas_BL, draft_BL
+        return canvas_BL, draft_BL, hinted_B
 
     def decode(self, trajectory: Trajectory) -> tuple[list[list[int]], list[str]]:
         """Return completion ids (EOS included, undecided tokens dropped) and their texts without special tokens."""
@@ -232,6 +235,38 @@ class RolloutWorker:
                 "raise the limit or drop long prompts."
             )
         return ids
+
+
+def measured(trajectory: Trajectory, completion_ids: Sequence[list[int]]) -> dict[str, float]:
+    """Return what a batch's metrics say of its trajectories, as means over rollouts (`logprob`: over drawn tokens)."""
+    count = max(len(trajectory), 1)
+    ended_B = torch.isin(trajectory.tokens_BL, torch.tensor(trajectory.eos_token_ids)).any(dim=1)
+    metrics = {
+        "rollout/nfe": trajectory.steps_B.double().mean().item(),
+        "rollout/length": sum(map(len, completion_ids)) / count,
+        "rollout/ended": ended_B.double().mean().item(),
+        "rollout/logprob": trajectory.logprob_BL.sum().item() / max(int(trajectory.action_BL("all").sum()), 1),
+    }
+    if trajectory.retracted is not None:
+        metrics["rollout/retracted"] = len(trajectory.retracted.row_R) / count
+        metrics["rollout/edited"] = int((trajectory.source_BL == EDITED).sum()) / count
+    return metrics
+
+
+def token_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+    """Return the first and the last character (exclusive) of each token of `text`; RecipeError if it cannot be told."""
+    if not tokenizer.is_fast:
+        raise RecipeError("hints: this tokenizer cannot tell where its tokens lie in a text; hints need a fast one.")
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["offset_mapping"]
+
+
+def with_hints(trajectory: Trajectory, hinted_B: Tensor) -> Trajectory:
+    """Return the trajectory with the given tokens of the rollouts `hinted_B` marked as hints."""
+    if not bool(hinted_B.any()):
+        return trajectory
+    hint_BL = hinted_B[:, None] & (trajectory.source_BL == GIVEN)
+    return replace(trajectory, source_BL=torch.where(hint_BL, HINT, trajectory.source_BL).to(torch.int8))
 
 
 def pad_left(sequences: Sequence[list[int]], pad_token_id: int, *, multiple: int = 1) -> tuple[Tensor, Tensor]:

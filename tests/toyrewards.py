@@ -82,3 +82,19 @@ def parity(completions: list[str], completion_ids: list[list[int]], log_extra: A
     log_extra("outcome", codes)
     log_extra("extracted", [None if s % 7 == 0 else str(s % 10) for s in sums])
     return [float(code == "ok") for code in codes]
+
+
+def near(completion_ids: list[list[int]], reference: list[str], **kwargs: Any) -> list[float]:
+    """Right if at least seven bytes stand where the worked solution has them, which a random model does not get."""
+    pairs = zip(completion_ids, reference, strict=True)
+    return [float(sum(a == b for a, b in zip(ids, text.encode(), strict=False)) >= 7) for ids, text in pairs]
+
+
+def lucky(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """Right for one completion in twelve of a random model, whatever it says."""
+    return [float(sum(ids) % 12 == 0) for ids in completion_ids]
+
+
+def anything(completions: list[str], **kwargs: Any) -> list[float]:
+    """Everything is right."""
+    return [1.0] * len(completions)
