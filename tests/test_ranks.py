@@ -33,6 +33,12 @@ KINDS = {
         "objective.estimator={name: trace, steps: uniform_k, k: 2}",
         "objective.weight=uniform",
     ],
+    "drafts of steps": [
+        "method=mdpo",
+        "objective.estimator={name: drafts, steps: top_k, k: 3}",
+        "objective.inner_steps=2",
+        "objective.beta=0.02",
+    ],
 }
 
 
