@@ -98,9 +98,9 @@ def step_difference(reward_BS: Tensor, group_B: Tensor, *, eps: float = 1e-4) ->
     """
     if eps < 0:
         raise RecipeError(f"advantage.eps: {eps} must be at least 0.")
+    _check(reward_BS, group_B)
     if reward_BS.dim() == 1:
         return step_difference(reward_BS[:, None], group_B, eps=eps)[:, 0]
-    _check(reward_BS, group_B)
     index_B = torch.unique(group_B, return_inverse=True)[1]
     raw_BS, member_BS, known_BS = _differences(reward_BS.double())
 

@@ -41,6 +41,17 @@ KINDS = {
         "objective.unit=rollout",
         "objective.beta=0.05",
     ],
+    "drafts of steps, tokens taken back": [
+        "method=mdpo",
+        "objective.estimator={name: drafts, steps: top_k, k: 3}",
+        "objective.beta=0.02",
+        "rollout.sampler.remasking={name: doubt, level: 0.9}",
+    ],
+    "merged steps, divergence from the old policy": [
+        "method=tracerl",
+        "objective.estimator={name: trace, merge: 3}",
+        "objective.beta=0.1",
+    ],
     "muon": ["optim.optimizer=muon"],
     "canvases drawn anew for each inner step": [
         "method=coupled_grpo",
