@@ -100,6 +100,24 @@ def sft(
 
 
 @app.command()
+def prefer(arguments: RecipeArguments, json_file: JsonFile = None) -> None:
+    """Train on pairs of completions (recipes of kind preference).
+
+    The pairs stand in a file, or are those of a run's stored rollouts.
+    """
+    target, overrides = one_target(arguments)
+    check_output(json_file)
+    from ..recipes.preferences import load_preference
+
+    recipe = load_preference(target, overrides)
+    from . import preference_run
+
+    result = preference_run.prefer(recipe)
+    typer.echo(f"{result['pairs']} pairs, {result['steps']} steps, loss {result['loss']:.4f}; in {result['folder']}")
+    write_result(json_file, result)
+
+
+@app.command()
 def evaluate(
     arguments: TargetArguments,
     problems: Annotated[int | None, typer.Option("--problems", min=1, help="Held-out problems.")] = None,

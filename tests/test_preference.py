@@ -118,7 +118,8 @@ def test_the_update_is_the_formula(toys: ModuleType, trajectory: Trajectory, kno
 def test_masks_are_shared_so_an_unmoved_policy_has_no_margin(toys: ModuleType, trajectory: Trajectory) -> None:
     """With masks of their own the two estimates would differ by nats; shared ones cancel to the bit."""
     policy = toys.Toy(1, length=L)
-    found = Preference(draws=1).backward(policy, toys.Toy(1, length=L), trajectory, rng=torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    found = Preference(draws=1).backward(policy, toys.Toy(1, length=L), trajectory, rng=rng)
     assert found["preference/margin"] == 0.0 and found["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 
