@@ -120,7 +120,7 @@ def paired(
         asked = prompt_ids(tokenizer, pair["prompt"])
         for name in COLUMNS[1:]:
             prompts.append(asked)
-            replies.append(completion_ids(tokenizer, pair[name], family.end_id))
+            replies.append(_reply(pair, name, tokenizer, family))
             if len(replies[-1]) > canvas:
                 raise RecipeError(
                     f"pairs: a {name} completion has {len(replies[-1])} tokens, the canvas {canvas}; raise it or leave "
@@ -149,6 +149,19 @@ def paired(
     )
 
 
+def _reply(pair: Pair, name: str, tokenizer: PreTrainedTokenizerBase, family: Family) -> list[int]:
+    """Return the ids of a completion: those that a rollout drew, where the pair has them, else those of its text.
+
+    A text that is tokenized again need not give the tokens that were drawn.
+    """
+    drawn = pair.get(f"{name}_ids")
+    if drawn is None:
+        return completion_ids(tokenizer, pair[name], family.end_id)
+    ids = [token for token in drawn if token != family.mask_token_id]
+    ends = [place for place, token in enumerate(ids) if token in family.eos_token_ids]
+    return ids[: ends[0] + 1] if ends else ids
+
+
 def read_pairs(path: Path) -> list[Pair]:
     """Return the pairs of a JSON-lines file; RecipeError naming line and column where one is missing."""
     pairs = []
@@ -172,11 +185,11 @@ def pairs_of_run(folder: Path, *, margin: float = 0.0, most: int = 1, seed: int 
     """Return pairs from a run's stored rollouts: of each group the best against the worst, `most` of them at most.
 
     A pair's rewards differ by more than `margin`; those of equal reward are put in an order drawn by `seed`. Rollouts
-    without a reward are left out.
+    without a reward are left out. The pairs carry the tokens that were drawn beside the texts.
     """
     groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for path in sorted((folder / "rollouts").glob("step-*.parquet")):
-        table = pyarrow.parquet.read_table(path, columns=["step", "group", "prompt", "completion", "reward"])
+        table = pyarrow.parquet.read_table(path, columns=["step", "group", "prompt", "completion", "tokens", "reward"])
         for row in table.to_pylist():
             if row["reward"] is not None:
                 groups.setdefault((row["step"], row["group"]), []).append(row)
@@ -196,6 +209,8 @@ def _pairs_of_group(rows: list[dict[str, Any]], *, margin: float, most: int, rng
                 "prompt": _prompt(best["prompt"]),
                 "chosen": best["completion"],
                 "rejected": worst["completion"],
+                "chosen_ids": best["tokens"],
+                "rejected_ids": worst["tokens"],
                 "margin": best["reward"] - worst["reward"],
             }
 

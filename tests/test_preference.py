@@ -164,6 +164,9 @@ def test_pairs_become_rollouts_of_their_own_ids() -> None:
     ]
     assert made.rollout_id_B.tolist() == [6, 7, 8, 9] and made.action_BL().sum(1).tolist() == [4, 2, 1, 3]
     assert torch.equal(made.prompt_BQ[0], made.prompt_BQ[1])
+    # Bytes that are no text, as a rollout drew them: the text would be other tokens.
+    drawn = {**pairs[0], "chosen": "\ufffd\ufffd", "chosen_ids": [200, 201, 257, 257], "rejected_ids": [9, 256, 7, 257]}
+    assert paired([drawn], byte_tokenizer(), family, canvas=3).tokens_BL.tolist() == [[200, 201, 257], [9, 256, 257]]
     with pytest.raises(RecipeError, match="a chosen completion has 4 tokens, the canvas 3"):
         paired(pairs, byte_tokenizer(), family, canvas=3)
 
@@ -190,13 +193,17 @@ def test_pairs_of_a_run(tmp_path: Path) -> None:
         (0, 1, "q", "e", 0.5), (0, 1, "q", "f", 0.5),
         (4, 0, '[{"role": "user", "content": "r"}]', "g", 0.0), (4, 0, '[{"role": "user", "content": "r"}]', "h", 0.3),
     ]  # fmt: skip
-    names = ("step", "group", "prompt", "completion", "reward")
+    names = ("step", "group", "prompt", "completion", "reward", "tokens")
+    rows = [(*row, [ord(row[3]), 256, 257]) for row in rows]
     (tmp_path / "rollouts").mkdir()
     for step in (0, 4):
         table = pyarrow.Table.from_pylist([dict(zip(names, r, strict=True)) for r in rows if r[0] == step])
         pyarrow.parquet.write_table(table, tmp_path / "rollouts" / f"step-{step:06}.parquet")
-    one = {"prompt": "p", "chosen": "b", "rejected": "c", "margin": 1.0}
-    two = {"prompt": [{"role": "user", "content": "r"}], "chosen": "h", "rejected": "g", "margin": 0.3}
+    drawn = {letter: [ord(letter), 256, 257] for letter in "bcgh"}
+    one = {"prompt": "p", "chosen": "b", "rejected": "c", "chosen_ids": drawn["b"], "rejected_ids": drawn["c"]}
+    two = {"prompt": [{"role": "user", "content": "r"}], "chosen": "h", "rejected": "g"}
+    two |= {"chosen_ids": drawn["h"], "rejected_ids": drawn["g"]}
+    one, two = {**one, "margin": 1.0}, {**two, "margin": 0.3}
     assert pairs_of_run(tmp_path) == [one, two]
     assert pairs_of_run(tmp_path, margin=0.5) == [one]
     assert json.dumps(pairs_of_run(tmp_path, most=2)) == json.dumps([one, two])

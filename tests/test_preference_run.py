@@ -26,7 +26,7 @@ RECIPE = """
 kind: preference
 name: preferred
 model: {path: MODEL, device: cpu, lora: {rank: 2}}
-pairs: {run: runs/short, canvas: 20}
+pairs: {run: runs/short, canvas: 16}
 preference: {batch: 4, draws: 2}
 optim: {lr: 2.0e-2, steps: 12}
 run: {directory: runs}
@@ -62,7 +62,7 @@ def check_resumed(model: Path, folder: Path) -> None:
         )  # fmt: skip
         denoiser = load_denoiser(str(model))
         trainer = PreferenceTrainer(
-            denoiser, pairs, Preference(draws=2), batch=2, canvas=20, args=arguments,
+            denoiser, pairs, Preference(draws=2), batch=2, canvas=16, args=arguments,
             optim={"name": "adamw", "lr": 1e-3, "weight_decay": 0.0, "betas": (0.9, 0.99)},
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
