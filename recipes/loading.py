@@ -75,6 +75,8 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, source: str = "rec
 def resolve(data: dict[str, Any]) -> Recipe | SftRecipe:
     """Return the resolved recipe of a plain dictionary; see `load_recipe`."""
     kind = data.get("kind", "rl")
+    if kind == "preference":
+        raise RecipeError("kind: pairs of completions are trained on by `unmask prefer`, not by this command.")
     if not isinstance(kind, str) or kind not in KINDS:
         raise RecipeError(f"kind: {kind!r} is not one of {', '.join(KINDS)}.{nearest(str(kind), list(KINDS))}")
     written = data.get("objective")

@@ -277,8 +277,8 @@ class SftSection(Section):
     long: str = Field(
         "refuse",
         pattern=r"^(refuse|drop|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
-        description="solutions longer than the task's canvas: refuse stops where they would not fit; drop takes another "
-        "row; `package.module:function` (row, canvas) returns a shorter text",
+        description="solutions beyond the task's canvas: refuse stops where one does not fit; drop takes another row; "
+        "`package.module:function` (row, canvas) returns a shorter text",
     )
     autocast: bool = Field(False, description="forward in bfloat16, weights in model.dtype: faster on GPUs, AMX")
 

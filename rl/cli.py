@@ -111,6 +111,24 @@ app.command()(protocols)
 
 
 @app.command()
+def prefer(arguments: RecipeArguments, json_file: JsonFile = None) -> None:
+    """Train on pairs of completions (recipes of kind preference).
+
+    The pairs stand in a file, or are those of a run's stored rollouts.
+    """
+    target, overrides = one_target(arguments)
+    check_output(json_file)
+    from ..recipes.preferences import load_preference
+
+    recipe = load_preference(target, overrides)
+    from . import preference_run
+
+    result = preference_run.prefer(recipe)
+    typer.echo(f"{result['pairs']} pairs, {result['steps']} steps, loss {result['loss']:.4f}; in {result['folder']}")
+    write_result(json_file, result)
+
+
+@app.command()
 def sample(
     arguments: TargetArguments,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Prompt; without it a held-out problem.")] = None,

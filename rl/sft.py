@@ -50,8 +50,8 @@ STRIDE = 2**40  # beyond any index of a run: where a generated task has the row 
 class Aligned:
     """Rows whose worked solutions fit `canvas` tokens, end included: length-aligned supervised training (IGPO).
 
-    A longer one is rewritten by `rewrite(row, canvas)`, which returns a text; what is still too long, or has no rewriter,
-    is left out for another row of the task. Which one is a function of the index alone.
+    A longer one is rewritten by `rewrite(row, canvas)`, which returns a text; what is still too long, or has no
+    rewriter, is left out for another row of the task. Which one is a function of the index alone.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Aligned:
                 row = {**row, "reference": str(self.rewrite(row, self.canvas))}
             if self.tokens(row["reference"]) <= self.canvas:
                 return row
-        raise RecipeError(f"sft.long: {TRIES} rows had solutions of more than {self.canvas} tokens; raise tasks[].canvas.")
+        raise RecipeError(f"sft.long: {TRIES} solutions had more than {self.canvas} tokens; raise tasks[].canvas.")
 
 
 def corrupt(
@@ -151,7 +151,7 @@ class SftBatches(Dataset):
         length = max(map(len, replies))
         if canvas is not None and length > canvas:
             raise ValueError(
-                f"sft: a completion has {length} tokens, the canvas {canvas}; raise tasks[].canvas, or set sft.long to drop."
+                f"sft: a completion has {length} tokens, the canvas {canvas}; raise tasks[].canvas, or set sft.long."
             )
         length = canvas or length
         eos = self.family.eos_token_ids[0]

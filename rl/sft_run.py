@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from ..policies.tokenizers import completion_ids
 from ..recipes.loading import dump_recipe
 from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import SftRecipe
-from ..recipes.tasks import Rows
 from ..rewards import Scorer, build_rewards
 from ..rollouts.sampler import build_sampler
 from ..rollouts.worker import RolloutWorker
@@ -53,29 +53,31 @@ def build_model(recipe: SftRecipe) -> Denoiser:
     )
 
 
-def sources(recipe: SftRecipe, denoiser: Denoiser) -> list[Source]:
-    """Return the recipe's training tasks, their solutions aligned to the canvas where the recipe says so."""
-
-    @lru_cache(maxsize=4096)
-    def tokens(text: str) -> int:
-        return len(completion_ids(denoiser.tokenizer, text, denoiser.family.end_id))
-
-    def aligned(rows: Rows, canvas: int) -> Rows:
-        long = recipe.sft.long
-        if long == "refuse":
-            return rows
-        return Aligned(rows, tokens, canvas, None if long == "drop" else SLOTS["task"].get(long))
-
+def sources(recipe: SftRecipe) -> list[Source]:
+    """Return the recipe's training tasks."""
     return [
         Source(
             name=entry.task["name"],
-            rows=aligned(SLOTS["task"].build(entry.task)("train", seed=recipe.run.seed), entry.canvas),
+            rows=SLOTS["task"].build(entry.task)("train", seed=recipe.run.seed),
             weight=entry.weight,
             canvas=entry.canvas,
             start=entry.start,
         )
         for entry in recipe.tasks
     ]
+
+
+def aligned(source: Source, long: str, denoiser: Denoiser) -> Source:
+    """Return the source with solutions that fit its canvas, as `sft.long` says."""
+    if long == "refuse":
+        return source
+
+    @lru_cache(maxsize=4096)
+    def tokens(text: str) -> int:
+        return len(completion_ids(denoiser.tokenizer, text, denoiser.family.end_id))
+
+    rewrite = None if long == "drop" else SLOTS["task"].get(long)
+    return replace(source, rows=Aligned(source.rows, tokens, source.canvas, rewrite))
 
 
 def label(choice: dict[str, Any]) -> str:
@@ -177,7 +179,7 @@ def sft(recipe: SftRecipe, *, resume: Path | None = None) -> dict[str, Any]:
         autocast=recipe.sft.autocast,
         args=arguments,
         train_dataset=SftBatches(
-            sources(recipe, denoiser),
+            [aligned(source, recipe.sft.long, denoiser) for source in sources(recipe)],
             denoiser.tokenizer,
             denoiser.family,
             batch=recipe.sft.batch // world_size(),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from ..policies.denoiser import Denoiser
 from ..policies.loading import TINY, load_denoiser
 from ..recipes.loading import load_recipe
+from ..recipes.preferences import PreferenceRecipe
 from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import Recipe
 from ..rewards import Scorer
@@ -23,7 +24,7 @@ from .runfolder import RunError, run_folder
 from .settings import device_of, quiet_peft, scoring_of
 
 
-def load_policy(recipe: Recipe, path: Path | None = None) -> Denoiser:
+def load_policy(recipe: Recipe | PreferenceRecipe, path: Path | None = None) -> Denoiser:
     """Return the recipe's denoiser without adapter, or the one in the folder `path` loaded the same way."""
     section = recipe.model
     return load_denoiser(

@@ -36,6 +36,7 @@ KINDS = {
     "estimated views, bounds of a rollout, one scale for all groups": [
         "method=spg",
         "objective={inner_steps: 2, estimator: {name: blockwise, size: 4, draws: 2}, advantage: batch_std}",
+    ],
     "drafts of steps": [
         "method=mdpo",
         "objective.estimator={name: drafts, steps: top_k, k: 3}",

@@ -17,8 +17,9 @@ from unmask.policies.denoiser import Denoiser
 from unmask.policies.layout import Family
 from unmask.policies.loading import new_denoiser
 from unmask.policies.tokenizers import byte_tokenizer
+from unmask.recipes.registry import RecipeError
 from unmask.rl import sft
-from unmask.rl.sft import SftBatches, SftTrainer, Source, corrupt, only_item
+from unmask.rl.sft import STRIDE, Aligned, SftBatches, SftTrainer, Source, corrupt, only_item
 from unmask.rollouts.noise import generator
 
 MASK, EOS = 257, 256
@@ -391,3 +392,40 @@ def test_an_item_is_a_batch() -> None:
     assert only_item([item]) is item
     with pytest.raises(ValueError, match="too many values"):
         only_item([item, item])
+
+
+# --- Length-aligned solutions ----------------------------------------------------------------------------------------
+
+
+class Numbered:
+    """Row i has a solution of i % 7 tokens; `size` rows that come again, or rows without end."""
+
+    def __init__(self, size: int | None) -> None:
+        self.size = size
+
+    def row(self, index: int) -> dict[str, Any]:
+        number = index % self.size if self.size else index
+        return {"prompt": "?", "reference": "x" * (number % 7), "number": index}
+
+
+@pytest.mark.parametrize("size", [None, 10])
+def test_solutions_that_are_too_long_are_left_out(size: int | None) -> None:
+    rows = Aligned(Numbered(size), len, 4)
+    assert rows.size == size
+    if size is None:
+        assert [rows.row(i)["number"] for i in (0, 3, 4)] == [0, 3, 4]
+        assert all(len(rows.row(i)["reference"]) <= 4 for i in range(50))
+        assert rows.row(6)["number"] % STRIDE == 6 and rows.row(6) == rows.row(6)
+    else:
+        with pytest.raises(RecipeError, match="1000 solutions had more than 4 tokens"):
+            rows.row(5)
+
+
+def test_solutions_are_rewritten_where_they_are_too_long() -> None:
+    def cut(row: dict[str, Any], canvas: int) -> str:
+        return "y" * (canvas if row["number"] % 7 == 5 else 9)
+
+    rows = Aligned(Numbered(None), len, 4, cut)
+    assert rows.row(3)["reference"] == "xxx" and rows.row(5)["reference"] == "yyyy"
+    # Still too long: another row.
+    assert rows.row(6)["number"] != 6
