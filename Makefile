@@ -3,6 +3,7 @@
 #   make quickstart                  train the tiny model for a few minutes and print what it solves before and after
 #   make test                        lint, types and every fast test
 #   make test-slow                   the long tests
+#   make docs                        the documentation's site, in build/docs; a warning is an error
 #   make lint | clean | help
 #
 # Variables: PYTHON=python3.12   TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'   VENV=.venv   JOBS=2
@@ -20,7 +21,7 @@ STAMP := $(VENV)/.installed
 PACKAGES := policies recipes rewards rl rollouts
 TYPES := .mypy_cache/root
 
-.PHONY: help install quickstart test test-slow lint clean
+.PHONY: help install quickstart test test-slow docs lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -50,6 +51,10 @@ test: lint
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
+
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "make: wrote build/docs/index.html"
 
 # The root of the repository is the package `unmask`, whatever the folder is called: mypy finds it through a link of that name.
 lint: $(STAMP)

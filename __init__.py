@@ -16,7 +16,7 @@ _HOMES = {
     "Trajectory": "rollouts.trajectory",
     "Sampler": "rollouts.sampler",
     "build_sampler": "rollouts.sampler",
-    "denoise": "rollouts.sampler",
+    "denoise": "rollouts.engine",
     "RolloutWorker": "rollouts.worker",
     "RolloutBatch": "rollouts.worker",
     "Reward": "rewards",
