@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .categorical import best_logprob, log_odds, log_probs
 from .forward import Rows
-from .measures import CHUNK_ENTRIES, Statistics, token_odds
+from .measures import Statistics, chunks, token_odds
 from .ranking import Bar
 from .sampler import Sampler
 from .state import State
@@ -68,20 +68,19 @@ def rollout_choice(
     row_K = safe_K // length
     open_K = open_AL.view(-1)[safe_K] & (flat_K < rows_A * length)
     bar_K, tie_K = (table.reshape(-1)[safe_K] for table in _bars(sampler, scored))
-    size = max(1, CHUNK_ENTRIES.get(bar_K.device.type, CHUNK_ENTRIES["other"]) // rows.vocabulary)
     parts = [
         tail_logprob(
-            rows.logits(start, min(start + size, len(bar_K))),
-            bar_K[start : start + size],
-            tie_K[start : start + size],
+            rows.logits(start, stop),
+            bar_K[start:stop],
+            tie_K[start:stop],
             temperature=sampler.temperature,
             score_temperature=sampler.score_temperature,
             banned=banned,
-            adjust=_adjustment(sampler, state, row_K[start : start + size]),
+            adjust=_adjustment(sampler, state, row_K[start:stop]),
         )
-        for start in range(0, len(bar_K), size)
+        for start, stop in chunks(len(bar_K), rows.vocabulary, bar_K.device)
     ]
-    tail_K = torch.cat([scored.score_AL.new_zeros(0), *parts]).masked_fill(~open_K, 0.0)
+    tail_K = torch.cat(parts).masked_fill(~open_K, 0.0)
     return scored.score_AL.new_zeros(rows_A).index_add(0, row_K, tail_K)
 
 

@@ -186,6 +186,12 @@ def filtered(mass_KV: Tensor, *, top_p: float = 1.0, top_k: int = 0) -> Tensor:
     return mass_KV.masked_fill(mass_KV < floor_K, 0.0)
 
 
+def chunks(rows: int, vocabulary: int, device: torch.device) -> list[tuple[int, int]]:
+    """Return the spans in which logits of `rows` positions are computed, at least one."""
+    size = max(1, CHUNK_ENTRIES.get(device.type, CHUNK_ENTRIES["other"]) // vocabulary)
+    return [(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
+
+
 def measure_rows(
     logits: Callable[[int, int], Tensor],
     rows: int,
@@ -198,11 +204,8 @@ def measure_rows(
 
     No K x V tensor exists: a chunk's logits are freed before the next one's are computed.
     """
-    entries = CHUNK_ENTRIES.get(uniform_K.device.type, CHUNK_ENTRIES["other"])
-    size = max(1, min(rows, entries // vocabulary))
     parts: list[Statistics] = []
-    for start in range(0, max(rows, 1), size):
-        stop = min(start + size, rows)
+    for start, stop in chunks(rows, vocabulary, uniform_K.device):
         current = None if current_K is None else current_K[start:stop]
         parts.append(_pass(logits(start, stop), uniform_K[start:stop], request, current))
     return parts[0] if len(parts) == 1 else Statistics(*map(_cat, zip(*parts, strict=True)))  # type: ignore[arg-type]

@@ -2,43 +2,39 @@
 
 A transform sees a chunk of logits (`[k, V]`, its own to overwrite), the state, and the row and place of each position,
 and returns logits. It may be called twice in a step and for a position that nobody asked for (the padding of static
-shapes), so what it remembers must follow from the step alone. One whose traits say `whole` gets all positions of a step
-at once. An attribute `bans` (knobs -> ids) names tokens that it forbids, which are then recorded as such.
+shapes), so what it remembers must follow from the step alone. One whose traits say `whole` gets the `Rows` of a step in
+place of the chunk, from which it may compute all logits, again where it needs them again, and returns others. An
+attribute `bans` (knobs -> ids) names tokens that it forbids, which are then recorded as such.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..recipes.registry import SLOTS, RecipeError
 from .forward import Rows
+from .measures import chunks
 from .state import State
 from .traits import traits, traits_of
 
 transform = SLOTS["transform"]
 
 
-def apply(part: Callable[..., Tensor], rows: Rows, state: State, flat_K: Tensor) -> Rows:
+def apply(part: Callable[..., Any], rows: Rows, state: State, flat_K: Tensor) -> Rows:
     """Return rows whose logits pass through `part`."""
     length = state.canvas_AL.shape[1]
     row_K, place_K = flat_K // length, flat_K % length
-    if not traits_of(part).whole:
+    if traits_of(part).whole:
+        return part(rows, state, row_K, place_K)
 
-        def chunk(start: int, stop: int) -> Tensor:
-            return part(rows.logits(start, stop), state, row_K[start:stop], place_K[start:stop])
+    def chunk(start: int, stop: int) -> Tensor:
+        return part(rows.logits(start, stop), state, row_K[start:stop], place_K[start:stop])
 
-        return Rows(chunk, rows.vocabulary)
-
-    @cache
-    def everything() -> Tensor:
-        return part(rows.logits(0, len(flat_K)), state, row_K, place_K)
-
-    return Rows(lambda start, stop: everything()[start:stop].clone(), rows.vocabulary)
+    return Rows(chunk, rows.vocabulary)
 
 
 @transform.register
@@ -134,7 +130,7 @@ def _credit(state: State, slots: int, device: torch.device) -> Credit:
 @traits(
     whole=True, group=True, status="behaviour only", learns="the draw depends on the group's other rollouts, unscored"
 )
-def odd(logits_KV: Tensor, state: State, row_K: Tensor, place_K: Tensor, *, strength: float = 16.0) -> Tensor:
+def odd(rows: Rows, state: State, row_K: Tensor, place_K: Tensor, *, strength: float = 16.0) -> Rows:
     """ODD: each rollout of a group is pushed away from what the ones before it are about to say.
 
     Feature v: the largest softmax(l) that each token has on the canvas (1 for decided ones), of length 1. r: v without
@@ -142,38 +138,79 @@ def odd(logits_KV: Tensor, state: State, row_K: Tensor, place_K: Tensor, *, stre
     left. q: the mean over open positions of the largest probability. The logits become l - a g with g the gradient of
     -q (v . r) in them, r and q held fixed, zero at EOS, over the largest norm of a position's g in the rollout; a is
     `strength` times the share of the start's open positions that are open now. The first of a group is left alone, and
-    open positions outside the step's window are not looked at.
+    open positions outside the step's window are not looked at. Logits are computed three times, chunk by chunk: for the
+    features, for the norms and for the draw.
     """
     if strength < 0:
         raise RecipeError(f"transforms: odd.strength {strength} must be at least 0.")
+    spans = chunks(len(row_K), rows.vocabulary, row_K.device)
+    peak_AV, sure_A = _features(rows, state, row_K, place_K, spans)
+    slope_AV = _slopes(peak_AV, sure_A, state)
+
+    def gradient(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        logits_KV, p_KV = _open_softmax(rows, state, row_K, place_K, start, stop)
+        row_k = row_K[start:stop]
+        # A hair: another chunk's product may round the same probability otherwise.
+        peaks_KV = (p_KV >= peak_AV[row_k] * (1 - 1e-4)) & (p_KV > 0)
+        slope_KV = torch.where(peaks_KV, slope_AV[row_k], 0.0)
+        # Through the softmax: dl = p (s - p . s).
+        slope_KV = p_KV * (slope_KV - (p_KV * slope_KV).sum(dim=1, keepdim=True))
+        if state.eos_token_ids:
+            slope_KV[:, list(state.eos_token_ids)] = 0.0
+        return logits_KV, slope_KV
+
+    size_A = torch.zeros_like(sure_A)
+    for start, stop in spans:
+        size_A.scatter_reduce_(0, row_K[start:stop], gradient(start, stop)[1].norm(dim=1), "amax")
+    share_A = state.masked_AL.sum(dim=1) / state.open_A.clamp(min=1)
+    scale_A = torch.where(size_A > 0, strength * share_A / size_A, 0.0)
+
+    def moved(start: int, stop: int) -> Tensor:
+        logits_KV, slope_KV = gradient(start, stop)
+        return logits_KV.sub_(slope_KV.mul_(scale_A[row_K[start:stop]][:, None]))
+
+    return Rows(moved, rows.vocabulary)
+
+
+def _open_softmax(
+    rows: Rows, state: State, row_K: Tensor, place_K: Tensor, start: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    """Return a chunk's logits and their softmax, 0 where the position is not in the window."""
     assert state.window_AL is not None
-    open_K = state.window_AL[row_K, place_K]
-    rows, vocabulary = len(state.canvas_AL), logits_KV.shape[1]
+    logits_KV = rows.logits(start, stop)
     logits_KV[:, state.mask_token_id] = -torch.inf
-    p_KV = logits_KV.softmax(dim=1).masked_fill_(~open_K[:, None], 0.0)
-    owner_KV = row_K[:, None].expand_as(p_KV)
-    peak_AV = p_KV.new_zeros(rows, vocabulary).scatter_reduce_(0, owner_KV, p_KV, "amax")
+    open_K = state.window_AL[row_K[start:stop], place_K[start:stop]]
+    return logits_KV, logits_KV.softmax(dim=1).masked_fill_(~open_K[:, None], 0.0)
+
+
+def _features(
+    rows: Rows, state: State, row_K: Tensor, place_K: Tensor, spans: list[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """Return of each rollout the largest probability of every token on open positions, and the mean of the largest."""
+    assert state.window_AL is not None
+    tables: tuple[Tensor, Tensor] | None = None
+    for start, stop in spans:
+        _, p_KV = _open_softmax(rows, state, row_K, place_K, start, stop)
+        if tables is None:
+            tables = p_KV.new_zeros(len(state.canvas_AL), rows.vocabulary), p_KV.new_zeros(state.canvas_AL.shape)
+        tables[0].scatter_reduce_(0, row_K[start:stop, None].expand_as(p_KV), p_KV, "amax")
+        # In a table a position that padding repeats counts once.
+        tables[1].index_put_((row_K[start:stop], place_K[start:stop]), p_KV.amax(dim=1))
+    assert tables is not None
+    return tables[0], tables[1].sum(dim=1) / state.window_AL.sum(dim=1).clamp(min=1)
+
+
+def _slopes(peak_AV: Tensor, sure_A: Tensor, state: State) -> Tensor:
+    """Return the gradient of -q (v . r) in the largest probability of every token, 0 where a decided one has it."""
     decided_AL = ~state.masked_AL & state.exists_AL
     decided_AV = torch.zeros_like(peak_AV).scatter_reduce_(1, state.canvas_AL, decided_AL.to(peak_AV.dtype), "amax")
     norm_A1 = torch.maximum(peak_AV, decided_AV).norm(dim=1, keepdim=True).clamp(min=1e-12)
     feature_AV = torch.maximum(peak_AV, decided_AV) / norm_A1
     residual_AV, first_A = _residuals(feature_AV, state.group_A)
-    # In a table a position that padding repeats counts once.
-    best_AL = p_KV.new_zeros(state.canvas_AL.shape).index_put_((row_K, place_K), p_KV.amax(dim=1))
-    sure_A = best_AL.sum(dim=1) / state.window_AL.sum(dim=1).clamp(min=1)
     # d(v . r) / du with v = u / |u|, where u is a position's own probability.
     along_A1 = (feature_AV * residual_AV).sum(dim=1, keepdim=True)
     slope_AV = (-sure_A * ~first_A)[:, None] * (residual_AV - along_A1 * feature_AV) / norm_A1
-    slope_AV = slope_AV.masked_fill_(peak_AV <= decided_AV, 0.0)
-    slope_KV = torch.where((p_KV == peak_AV[row_K]) & open_K[:, None], slope_AV[row_K], 0.0)
-    # Through the softmax: dl = p (s - p . s).
-    slope_KV = p_KV * (slope_KV - (p_KV * slope_KV).sum(dim=1, keepdim=True))
-    if state.eos_token_ids:
-        slope_KV[:, list(state.eos_token_ids)] = 0.0
-    size_A = p_KV.new_zeros(rows).scatter_reduce_(0, row_K, slope_KV.norm(dim=1), "amax")
-    share_A = state.masked_AL.sum(dim=1) / state.open_A.clamp(min=1)
-    scale_A = torch.where(size_A > 0, strength * share_A / size_A, 0.0)
-    return logits_KV.sub_(slope_KV.mul_(scale_A[row_K][:, None]))
+    return slope_AV.masked_fill_(peak_AV <= decided_AV, 0.0)
 
 
 def _residuals(feature_AV: Tensor, group_A: Tensor) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,7 @@ class Wide:
 # Windows of a block and of the canvas, statistics everywhere, drawn scores and their tail, lists a position, memory.
 KINDS = (
     *("llada_low_confidence", "dream_entropy", "ass", "entropy_bounded"),
-    *("klass", "credit_decoding", "rho_eos", "saber", "unsupervised_guidance"),
+    *("klass", "credit_decoding", "rho_eos", "saber", "unsupervised_guidance", "odd"),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from unmask.policies.layout import Family
 from unmask.recipes.registry import SLOTS, RecipeError
 from unmask.rl.estimators import trace
 from unmask.rl.replay import replay_all
+from unmask.rollouts import measures
 from unmask.rollouts.engine import denoise
+from unmask.rollouts.forward import Rows
 from unmask.rollouts.sampler import Sampler, build_sampler
 from unmask.rollouts.state import State
 from unmask.rollouts.trajectory import Trajectory
@@ -204,8 +207,14 @@ def guided(logits: dict[tuple[int, int], Tensor], canvas: list[list[int]], group
     return changed
 
 
+def moved(part: Any, logits_KV: Tensor, state: State, row_K: Tensor, place_K: Tensor) -> Tensor:
+    """Return the logits that a transform of whole steps makes of these."""
+    rows = Rows(lambda start, stop: logits_KV[start:stop].clone(), V)
+    return part(rows, state, row_K, place_K).logits(0, len(row_K))
+
+
 @pytest.mark.parametrize("padded", [False, True])
-def test_diversity_equals_autograd(padded: bool) -> None:
+def test_diversity_equals_autograd(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two groups of three rows, decided tokens, an open position outside the window; padding changes nothing."""
     rng = torch.Generator().manual_seed(1)
     canvas_AL = torch.full((6, L), MASK)
@@ -223,7 +232,9 @@ def test_diversity_equals_autograd(padded: bool) -> None:
     if padded:
         index = torch.cat([index[:4], index[-1:], index[4:], index[-1:]])
     part = SLOTS["transform"].build({"name": "odd", "strength": 8.0})
-    found_KV = part(logits_KV[index].clone(), state, row_K[index], place_K[index])
+    # Chunks of 5 positions: what belongs together lies apart.
+    monkeypatch.setitem(measures.CHUNK_ENTRIES, "cpu", 5 * V)
+    found_KV = moved(part, logits_KV[index], state, row_K[index], place_K[index])
     for found_V, k in zip(found_KV, index.tolist(), strict=True):
         torch.testing.assert_close(found_V[:MASK], expected[keys[k]][:MASK], rtol=1e-5, atol=1e-6)
     firsts = [groups.index(g) for g in (0, 1)]
@@ -240,7 +251,7 @@ def test_equal_rollouts_are_left_alone() -> None:
     state = state_of(torch.full((4, L), MASK), group_A=torch.zeros(4, dtype=torch.long))
     row_K, place_K = state.window_AL.nonzero(as_tuple=True)
     one_KV = torch.randn(L, V, generator=torch.Generator().manual_seed(0)).repeat(4, 1)
-    found_KV = SLOTS["transform"].build("odd")(one_KV.clone(), state, row_K, place_K)
+    found_KV = moved(SLOTS["transform"].build("odd"), one_KV, state, row_K, place_K)
     assert torch.equal(found_KV[:, :MASK], one_KV[:, :MASK])
 
 

@@ -272,6 +272,7 @@ def test_recorded_probabilities_are_frequencies(toys: Any, section: dict[str, An
         toy, sampler, prompt_BQ, torch.ones_like(prompt_BQ).bool(), canvas_BL, torch.arange(rows), seed=1
     )
     trajectory.validate()
+    a_step_is_a_distribution(trajectory, sampler)
     action = trajectory.actions("all")
     total_B = torch.zeros(rows, dtype=torch.float64).index_add(0, action.row_K, action.logprob_K.double())
     if trajectory.choice_logprob_BS is not None:
@@ -298,6 +299,29 @@ def test_recorded_probabilities_are_frequencies(toys: Any, section: dict[str, An
         checked += 1
         assert abs(count[key] - expected) < 5 * (expected * (1 - value / known[key[0]])) ** 0.5 + 0.02 * expected
     assert checked or max(groups.values()) < 2000
+
+
+def a_step_is_a_distribution(trajectory: Trajectory, sampler: Sampler) -> None:
+    """Assert that the recorded probabilities of all outcomes of the first step sum to 1: of each set of positions, and
+    where drawn tokens or a drawn order decide the positions of all sets together."""
+    row_K, position_K, step_K, token_K, logprob_K = trajectory.actions("all")
+    rank_K = trajectory.rank_BL[row_K, position_K] if sampler.status == "exact with order" else torch.zeros_like(row_K)
+    first_K, total_B = step_K == 0, torch.zeros(len(trajectory), dtype=torch.float64)
+    total_B.index_add_(0, row_K[first_K], logprob_K[first_K].double())
+    if trajectory.choice_logprob_BS is not None:
+        total_B += trajectory.choice_logprob_BS[:, 0].double()
+    outcomes: list[tuple[tuple[int, int, int], ...]] = [()] * len(trajectory)
+    for row, *outcome in torch.stack([row_K, position_K, rank_K, token_K], dim=1)[first_K].tolist():
+        outcomes[row] = (*outcomes[row], tuple(outcome))
+    one = trajectory.choice_logprob_BS is not None
+    groups = [() if one else tuple(position for position, _, _ in outcome) for outcome in outcomes]
+    seen, mass = Counter(groups), Counter()
+    for (group, _), value in dict(zip(zip(groups, outcomes, strict=True), total_B.exp().tolist(), strict=True)).items():
+        mass[group] += value
+    often = [group for group, count in seen.items() if count >= 1500]
+    assert often
+    # What 1,500 rollouts never came to is rare.
+    assert all(0.97 < mass[group] < 1 + 1e-6 for group in often), mass
 
 
 def needs_a_model(sampler: Sampler) -> None:
