@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ FP32 = ("e_score_correction_bias",)  # decides between experts, whose order bflo
 def tiny_folder() -> Path:
     """Return the folder of the shipped tiny model."""
     return Path(__file__).resolve().parent.parent / "recipes" / "tiny"
+
+
+def is_here(path: str) -> bool:
+    """Tell whether a path names the tiny model or a folder of this machine."""
+    return path == TINY or Path(path).expanduser().is_dir()
 
 
 def resolve_path(path: str) -> Path:
@@ -130,6 +136,58 @@ def load_denoiser(
     Raises CheckpointError on unknown families, pickle weights, truncated shards, missing, extra or misshapen tensors
     and bad ids; SelfCheckError when the model does not attend as its family does.
     """
+    if quantization:
+        check_quantization(quantization)
+    found = open_checkpoint(
+        path,
+        dtype=dtype,
+        family=family,
+        attention=attention,
+        mask_token_id=mask_token_id,
+        block_length=block_length,
+        context=context,
+        tokenizer=tokenizer,
+    )
+    layout, config, model, torch_dtype = found.layout, found.config, found.model, getattr(torch, dtype)
+    state = read_state(found.folder, layout, config, torch_dtype, "cpu" if quantization else device)
+    if quantization:
+        model = quantized(type(model), config, state, torch_dtype, device)
+    else:
+        _fill(model, state, config, device)
+    model.config.dtype = torch_dtype
+    denoiser = Denoiser(model.eval(), found.family, found.tokenizer, found.vendor)
+    self_check(denoiser)
+    return denoiser
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that fits: its layout, family, tokenizer, configs, and its stock class on the meta device."""
+
+    folder: Path
+    layout: Layout
+    family: Family
+    tokenizer: PreTrainedTokenizerBase
+    vendor: dict[str, Any]
+    config: PreTrainedConfig
+    model: Any
+
+
+def open_checkpoint(
+    path: str,
+    *,
+    dtype: str = "float32",
+    family: str | None = None,
+    attention: str | None = None,
+    mask_token_id: int | None = None,
+    block_length: int | None = None,
+    context: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Checkpoint:
+    """Return what a folder or hub id is, as `load_denoiser` would load it; names and shapes are read, no weight is.
+
+    Raises CheckpointError for everything that is wrong with its files.
+    """
     folder = resolve_path(path)
     vendor = read_config(folder)
     layout = find_layout(vendor, family)
@@ -140,28 +198,16 @@ def load_denoiser(
         raise CheckpointError("neither config.json nor the tokenizer names an eos_token_id; write it into config.json.")
     tokenizer = load_tokenizer(folder, tokenizer, resolved, layout.template)
     check_mask_token(tokenizer, resolved)
-    if quantization:
-        check_quantization(quantization)
     config = stock_config(layout, vendor, attention)
     if context is not None:
         vendor = rescale(config, layout, vendor, context)
-    torch_dtype = getattr(torch, dtype)
     with torch.device("meta"):
-        model = stock_classes(layout, vendor)[1](config).to(torch_dtype)
-    # Names and shapes first: what does not fit is refused before a weight is read.
-    _check_keys(model, read_state(folder, layout, config, torch_dtype, "meta"), layout, folder)
-    state = read_state(folder, layout, config, torch_dtype, "cpu" if quantization else device)
-    if quantization:
-        model = quantized(type(model), config, state, torch_dtype, device)
-    else:
-        _fill(model, state, config, device)
-    model.config.dtype = torch_dtype
+        model = stock_classes(layout, vendor)[1](config).to(getattr(torch, dtype))
+    _check_keys(model, read_state(folder, layout, config, getattr(torch, dtype), "meta"), layout, folder)
     vendor = {**vendor, "mask_token_id": resolved.mask_token_id}
     if resolved.block_length is not None:
         vendor.setdefault("block_size", resolved.block_length)
-    denoiser = Denoiser(model.eval(), resolved, tokenizer, vendor)
-    self_check(denoiser)
-    return denoiser
+    return Checkpoint(folder, layout, resolved, tokenizer, vendor, config, model)
 
 
 def new_denoiser(
@@ -272,10 +318,10 @@ def _check_keys(model: Any, state: dict[str, Tensor], layout: Layout, folder: Pa
     if model.config.tie_word_embeddings:
         for head in TIED:
             wanted.pop(head, None)
-    for names, what in ((wanted.keys() - state.keys(), "are missing"), (state.keys() - wanted.keys(), "fit nothing")):
+    for names, what in ((wanted.keys() - state.keys(), "missing"), (state.keys() - wanted.keys(), "too many")):
         if names:
-            first = min(map(layout.to_vendor, names))
-            raise CheckpointError(f"{folder}: {len(names)} tensors {what}, first '{first}'; is it another family?")
+            first, tensors = min(map(layout.to_vendor, names)), "tensor is" if len(names) == 1 else "tensors are"
+            raise CheckpointError(f"{folder}: {len(names)} {tensors} {what}, first '{first}'; is it another family?")
     for name, shape in wanted.items():
         found = tuple(state[name].shape)
         if found != shape:

@@ -18,7 +18,7 @@ from ..recipes.loading import import_parts, load_methods, load_samplers
 from ..recipes.protocols import load_protocol, shipped_protocols
 from ..recipes.reading import SCHEMA_FILE, shipped_recipes
 from ..recipes.registry import SLOTS, RecipeError, nearest
-from ..recipes.schema import Recipe, SftRecipe
+from ..recipes.schema import ModelSection, Recipe, SftModelSection, SftRecipe
 from ..recipes.sections import SamplerSection
 from .estimators import most_canvases
 
@@ -48,6 +48,7 @@ def summary(recipe: Recipe | SftRecipe, target: str, nproc: int | None = None) -
         if isinstance(recipe, Recipe) and recipe.model.sharding == "fsdp":
             nproc = max(2, math.gcd(MACHINE, recipe.rollout.prompts))
     check_world(recipe, nproc)
+    _check_model(recipe.model)
     facts = _sft_facts(recipe) if isinstance(recipe, SftRecipe) else _rl_facts(recipe, nproc)
     facts["notes"] = notes(recipe)
     missing = _missing_file(recipe)
@@ -63,6 +64,22 @@ def summary(recipe: Recipe | SftRecipe, target: str, nproc: int | None = None) -
         facts["data"] = f"not checked: {missing} is on the hub"
         facts["next"] = f"unmask data check {target}, then {launch}"
     return facts
+
+
+def _check_model(section: ModelSection | SftModelSection) -> None:
+    """Refuse a folder on this machine that would not load; a hub id, or one of another machine, is not looked at."""
+    from ..policies.loading import is_here, open_checkpoint
+
+    if section.path is None or not is_here(section.path):
+        return
+    open_checkpoint(
+        section.path,
+        family=section.family,
+        attention=section.attention,
+        mask_token_id=section.mask_token_id,
+        block_length=section.block_length,
+        context=section.context if isinstance(section, ModelSection) else None,
+    )
 
 
 def _missing_file(recipe: Recipe | SftRecipe) -> str | None:

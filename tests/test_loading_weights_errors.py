@@ -23,6 +23,8 @@ from unmask.policies.loading import load_denoiser
 from unmask.policies.resolving import check_config
 from unmask.policies.selfcheck import SelfCheckError, self_check
 from unmask.policies.tokenizers import byte_tokenizer
+from unmask.recipes.loading import load_recipe
+from unmask.rl.cli_summary import summary
 
 GOLDEN = Path(__file__).parent / "fixtures" / "llada"
 WEIGHTS = "model.safetensors"
@@ -126,17 +128,17 @@ FILES: list[tuple[str, Callable[[Path], Any], str]] = [
     (
         "missing tensor",
         lambda p: weights(p, lambda state: state.pop(NORM)),
-        r"1 tensors are missing, first 'model.transformer.ln_f.weight'; is it another family",
+        r"1 tensor is missing, first 'model.transformer.ln_f.weight'; is it another family",
     ),
     (
         "tensor that fits nothing",
         lambda p: weights(p, lambda state: state.update(extra=torch.zeros(3))),
-        r"1 tensors fit nothing, first 'extra'; is it another family",
+        r"1 tensor is too many, first 'extra'; is it another family",
     ),
     (
         "stock name beside the vendor's",
         lambda p: weights(p, lambda state: state.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(112, 64)})),
-        r"1 tensors fit nothing, first 'model.transformer.blocks.9.up_proj.weight'",
+        r"1 tensor is too many, first 'model.transformer.blocks.9.up_proj.weight'",
     ),
     (
         "one tensor under both names",
@@ -167,6 +169,20 @@ def test_damaged_folders_are_refused_before_a_weight_is_read(
     assert not read
 
 
+@pytest.mark.parametrize(("damage", "message"), [case[1:] for case in FILES], ids=[case[0] for case in FILES])
+def test_checking_a_recipe_refuses_them_as_well(
+    folder: Path, damage: Callable[[Path], Any], message: str, read: list[str]
+) -> None:
+    """`unmask check` and `unmask train` refuse the same folders, the one without building a model."""
+    byte_tokenizer().save_pretrained(folder)
+    recipe = load_recipe("cj_grpo_tiny_arithmetic.yaml", [f"model.path={folder}", "model.device=cpu"])
+    assert "sampler" in summary(recipe, "mine.yaml")
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        summary(recipe, "mine.yaml")
+    assert not read
+
+
 def test_a_sound_folder_is_read_once(folder: Path, read: list[str]) -> None:
     load(folder)
     assert sorted(read) == sorted(load_file(folder / WEIGHTS))
@@ -193,7 +209,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"d_model": ...}, r"config.json has no 'd_model', which family 'llada' needs"),
     ({"d_model": "64"}, r"config.json: .*hidden_size.*expected int, got str"),
     ({"n_layers": 4}, r"9 tensors are missing, first 'model.transformer.blocks.3.attn_norm.weight'"),
-    ({"n_layers": 2}, r"9 tensors fit nothing, first 'model.transformer.blocks.2.attn_norm.weight'"),
+    ({"n_layers": 2}, r"9 tensors are too many, first 'model.transformer.blocks.2.attn_norm.weight'"),
     ({"include_qkv_bias": True}, r"12 tensors are missing, first 'model.transformer.blocks.0.attn_out.bias'"),
     *(
         ({key: value}, rf"{key} is {value!r}, but family 'llada' is loaded with {wanted!r} only")
