@@ -236,9 +236,10 @@ def test_the_reward_over_a_batch(pool: Pool) -> None:
     )
     half = ["    return n + 2", "def triple(n):\n    return 3", "print(5)"]
     assert scored(pool, half, score="fraction").total_B.tolist() == [1.0, 0.5, 0.0]
-    got = scored(pool, ["    while True: pass", "x = [", "print(16)"], seconds=0.5)
-    assert got.outcome == ["wrong", "wrong", "ok"] and got.metrics["code/time_limit"] == pytest.approx(1 / 3)
-    assert "time limit" in got.extra["reason"][0] and "SyntaxError" in got.extra["reason"][1]
+    got = scored(pool, [GOOD[0], "x = [", GOOD[2]])
+    assert got.outcome == ["ok", "wrong", "ok"] and "SyntaxError" in got.extra["reason"][1]
+    got = scored(pool, ["    while True: pass"], seconds=0.5)
+    assert got.outcome == ["wrong"] and got.metrics["code/time_limit"] == 1.0 and "time limit" in got.extra["reason"][0]
 
 
 def test_no_sandbox_in_a_worker_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,8 +125,8 @@ def test_limits_are_inclusive(text: str) -> None:
 
 def test_hostile_text_costs_no_time() -> None:
     hostile = ["9**9**9**9", "(" * 100_000, "9" * 100_000, "-" * 100_000, "1+" * 100_000 + "1", "1/" * 120 + "9"]
-    start = time.perf_counter()
+    start = time.thread_time()  # of this thread: the machine may have other work
     for text in hostile:
         with pytest.raises(ExpressionError):
             parse_expression(text)
-    assert time.perf_counter() - start < 0.5
+    assert time.thread_time() - start < 0.5

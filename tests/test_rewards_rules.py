@@ -291,9 +291,9 @@ def test_a_megabyte_of_markers_takes_no_time() -> None:
         mark * (1_000_000 // len(mark))
         for mark in ("####", "#### ", "<answer>", "</answer>", r"\boxed{", "1,", "-", "1")
     ]
-    start = time.perf_counter()
+    start = time.thread_time()  # of this thread: the machine may have other work
     for text in texts:
         for rule in ("gsm8k_hash", "answer_tag", "boxed", "last_number"):
             extract_answer(text, rule)
             judge_countdown(text, [3, 8], 11, "gsm8k_hash")
-    assert time.perf_counter() - start < 10
+    assert time.thread_time() - start < 10

@@ -129,12 +129,12 @@ def test_async_rewards_run_together_and_beside_sync_ones() -> None:
 
     async def first(completions: list[str], **_: Any) -> list[float]:
         threads["first"] = threading.get_ident()
-        await asyncio.wait_for(both.wait(), 10)  # times out unless `second` runs meanwhile
+        await asyncio.wait_for(both.wait(), 120)  # times out unless `second` runs meanwhile
         return [1.0] * 3
 
     class Second:
         async def __call__(self, completions: list[str], bonus: float = 0.0, **_: Any) -> list[float]:
-            assert await asyncio.to_thread(sync_started.wait, 10)  # and fails unless `slow` runs meanwhile
+            assert await asyncio.to_thread(sync_started.wait, 120)  # and fails unless `slow` runs meanwhile
             both.set()
             return [bonus] * 3
 
