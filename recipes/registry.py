@@ -120,7 +120,7 @@ class Slot:
             parameters = inspect.signature(self.get(name), eval_str=True).parameters.values()
         except (TypeError, NameError) as error:
             raise RecipeError(f"{self.name}: the parameters of '{name}' cannot be read ({error}).") from error
-        hidden = {"rng", "noise", "context", "state"}
+        hidden = {"rng", "noise", "context", "state", "acting"}
         return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in hidden}
 
     def check(self, choice: Any, where: str | None = None) -> tuple[str, dict[str, Any]]:

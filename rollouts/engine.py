@@ -219,6 +219,8 @@ class _Run:
             choice_A = rollout_choice(sampler, rows, flat_K, scored, state, self.banned)
             choice_B = choice_A.new_zeros(len(self.record.tokens_BL))
             self.record.choice_logprobs.append(choice_B.index_copy(0, self.alive_A, choice_A))
+        elif sampler.plans:
+            self._note_plan(state, scored, live_A & ~last_A)
         self.memory = commit(self.record, sampler, state, scored, self.alive_A, live_A & ~last_A)
         self.record.steps_B[self.alive_A] = state.step_A + live_A
 
@@ -236,6 +238,16 @@ class _Run:
         table = found.table(flat_K, rows_A, length)
         self._note_broken(state, table, asked_AL)
         return rows, flat_K, table
+
+    def _note_plan(self, state: State, scored: Scored, acts_A: Tensor) -> None:
+        """Record the planner's step: log-probability of its choice, and what it saw; a forced last step is none."""
+        step, record = state.planned, self.record
+        assert step is not None
+        logprob_A = step.distribution.log_prob(scored.chosen_AL, scored.rank_AL)
+        record.note(self.alive_A, "choice_logprobs", torch.where(acts_A, logprob_A, 0.0))
+        if self.sampler.keeps_features:
+            record.note(self.alive_A, "features", step.feature_ALF)
+            record.note(self.alive_A, "candidates", scored.window_AL & acts_A[:, None])
 
     def _note_broken(self, state: State, table: Statistics, asked_AL: Tensor) -> None:
         """Remember the first position of each row without a distribution; `check` raises, one look a few steps."""
@@ -271,7 +283,9 @@ class _Run:
             mask_token_id=family.mask_token_id,
             eos_token_ids=tuple(family.eos_token_ids),
             banned_token_ids=self.banned,
-            choice_logprob_BS=record.choices() if sampler.exact_choice else None,
+            choice_logprob_BS=record.by_step("choice_logprobs") if sampler.exact_choice or sampler.plans else None,
+            features_BSLF=record.by_step("features") if sampler.keeps_features else None,
+            candidate_BSL=record.by_step("candidates") if sampler.keeps_features else None,
             retracted=record.lifetimes() if sampler.revises else None,
             length_BS=record.lengths_by_step() if resizes else None,
             appeared_BL=record.appeared_BL if resizes else None,
@@ -286,6 +300,8 @@ def asked_positions(reach: str, state: State, live_A: Tensor) -> Tensor:
         return state.window_AL
     if reach == "everywhere":
         return state.exists_AL & ~state.given_AL & live_A[:, None]
+    if reach == "open":
+        return state.masked_AL & live_A[:, None]
     asked_AL = state.stood_AL & live_A[:, None]
     if reach == "region" and state.quota.region_BL is not None:
         asked_AL &= state.quota.region_BL

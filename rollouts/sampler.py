@@ -14,6 +14,7 @@ from . import (  # noqa: F401 (importing registers the parts)
     caches,
     lengths,
     paces,
+    planned,
     remasking,
     rules,
     schedules,
@@ -41,7 +42,8 @@ class Sampler:
     and `top_k` filter the draw. `eos_rule`: `stop` ends a row once an EOS is committed with everything left of it
     decided, `none` fills the canvas. `suppress_eos` forbids EOS altogether. `guidance` is that of `Forward`. At step
     `max_steps` all that is left is committed (default: four steps a position). `exact` records the log-probability of
-    the positions where drawn tokens or a random order decide them.
+    the positions where drawn tokens or a random order decide them. `keeps_features` records what a planner saw, from
+    which it is trained.
     """
 
     schedule: Callable[..., Quota]
@@ -61,6 +63,7 @@ class Sampler:
     suppress_eos: bool = False
     exact: bool = True
     max_steps: int | None = None
+    keeps_features: bool = False
 
     @property
     def parts(self) -> tuple[Callable[..., Any], ...]:
@@ -84,6 +87,11 @@ class Sampler:
         return self.draws_first or hasattr(bare(self.selection), "order_logprob")
 
     @property
+    def plans(self) -> bool:
+        """Whether a planner draws the positions; their log-probability is recorded, and is the planner's alone."""
+        return traits_of(self.selection).plans
+
+    @property
     def revises(self) -> bool:
         """Whether a decided token may be taken back or replaced."""
         return self.remasking is not None or self.editing is not None
@@ -95,10 +103,16 @@ class Sampler:
 
     @property
     def reach(self) -> str:
-        """Where statistics are wanted: in the `window`, also at tokens of its `region` or `canvas`, or `everywhere`."""
-        if any(traits.everywhere for traits in self.traits):
-            return "everywhere"
+        """Where statistics are wanted.
+
+        In the `window`, at all `open` positions, also at tokens of its `region` or `canvas`, or `everywhere`.
+        """
         looking = [traits for traits in self.traits if traits.canvas]
+        open_too = any(traits.open for traits in self.traits)
+        if any(traits.everywhere for traits in self.traits) or (open_too and looking):
+            return "everywhere"
+        if open_too:
+            return "open"
         return "window" if not looking else "region" if all(traits.local for traits in looking) else "canvas"
 
     @property
@@ -167,7 +181,10 @@ class Sampler:
         return rule(memory, masked_AL, **knobs_of(self.editing))
 
     def waits(self, state: State) -> Tensor:
-        """Return the rows that commit nothing because the length part wants to see a longer canvas first."""
+        """Return the rows that commit nothing: a planner said so, or the length part wants a longer canvas first."""
+        step = state.planned
+        if step is not None and step.draw is not None and step.distribution.may_be_empty:
+            return ~step.draw.chosen_BL.any(dim=1)
         rule = getattr(bare(self.length), "waits", None)
         if rule is None:
             return torch.zeros_like(state.step_A, dtype=torch.bool)
@@ -303,6 +320,10 @@ def _check_parts(sampler: Sampler) -> None:
         raise RecipeError("sampler.length: a canvas that changes its length takes no tokens back; drop one of the two.")
     if sampler.length is not None and sampler.cache is not None:
         raise RecipeError("sampler.cache: no cache follows a canvas that changes its length; drop one of the two.")
+    if sampler.length is not None and any(traits.open for traits in sampler.traits):
+        raise RecipeError("sampler.length: a planner follows no canvas that changes its length; drop one of the two.")
+    if sampler.plans and bare(sampler.score) is not planned.planner:
+        raise RecipeError("sampler.selection: 'planned' draws what a planner decides; use score planner with it.")
     if sampler.shadow and sampler.cache is not None:
         raise RecipeError("sampler.cache: no cache has the shadow columns of remasking 'verify'; drop one of the two.")
     if sampler.draws_first and not hasattr(bare(sampler.selection), "bar") and sampler.exact:

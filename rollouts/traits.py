@@ -19,10 +19,11 @@ class Traits:
 
     `needs`: optional fields of Statistics; `status`: one of STATUSES; `learns`: why it is not exact, for the user.
     `canvas`: statistics of decided tokens are wanted too, with `local` those of the schedule's region alone; `shadow`:
-    they are those of a column that does not see the token (`rollouts.shadow`). `everywhere`: statistics of every
-    position that exists. `whole`: a transform that must see all rows of a step at once; `group`: rollouts of a group
-    are not independent. `drops`: a remasking that discards what was drawn in the same step. `history`: decides with
-    noise or memory that only the rollout has, so that a trainer cannot rebuild it.
+    they are those of a column that does not see the token (`rollouts.shadow`). `open`: statistics of every mask, also
+    outside the window; `everywhere`: of every position that exists. `plans`: a selection that draws from a planner's
+    distribution, which is recorded as an action of its own. `whole`: a transform that must see all rows of a step at
+    once; `group`: rollouts of a group are not independent. `drops`: a remasking that discards what was drawn in the
+    same step. `history`: decides with noise or memory that only the rollout has, so that a trainer cannot rebuild it.
     """
 
     needs: frozenset[str] = frozenset()
@@ -31,7 +32,9 @@ class Traits:
     canvas: bool = False
     local: bool = False
     shadow: bool = False
+    open: bool = False
     everywhere: bool = False
+    plans: bool = False
     whole: bool = False
     group: bool = False
     drops: bool = False

@@ -11,6 +11,7 @@ from torch import Tensor
 
 PAD, SAMPLED, GIVEN, EDITED = 0, 1, 2, 3
 NEVER = -1
+BY_STEP = ("choice_logprob_BS", "length_BS", "features_BSLF", "candidate_BSL")
 
 
 class Lifetimes(NamedTuple):
@@ -78,6 +79,9 @@ class Trajectory:
     `length_BS` is the number of positions at each step and, in one column more, at the end, and `appeared_BL` the step
     from which on a position exists: the canvas of a step is the first `length` of the positions that have appeared, in
     their order.
+
+    Where a planner is trained, `features_BSLF` is what it saw at each step (fp16) and `candidate_BSL` what it could
+    choose from, nothing at a step that was not its own: its update calls no denoiser.
     """
 
     prompt_BQ: Tensor
@@ -98,6 +102,8 @@ class Trajectory:
     length_BS: Tensor | None = None
     appeared_BL: Tensor | None = None
     offset_B: Tensor | None = None
+    features_BSLF: Tensor | None = None
+    candidate_BSL: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens_BL.shape[0]
@@ -199,9 +205,9 @@ class Trajectory:
             values = [getattr(part, name) for part in parts]
             if name.startswith("prompt"):
                 values = [torch.nn.functional.pad(v, (width - v.shape[1], 0)) for v in values]
-            elif name in ("choice_logprob_BS", "length_BS"):
+            elif name in BY_STEP:
                 steps = max(v.shape[1] for v in values)
-                values = [torch.nn.functional.pad(v, (0, steps - v.shape[1])) for v in values]
+                values = [_longer(v, steps) for v in values]
             joined[name] = torch.cat(values)
         if first.retracted is not None:
             offset, lists = 0, []
@@ -238,3 +244,8 @@ def _ranges(first_N: Tensor, count_N: Tensor) -> Tensor:
     start_N = count_N.cumsum(0) - count_N
     owner_R = torch.repeat_interleave(count_N)
     return torch.arange(len(owner_R), device=first_N.device) - start_N[owner_R] + first_N[owner_R]
+
+
+def _longer(table_BS: Tensor, steps: int) -> Tensor:
+    """Return a table of steps with zeros up to `steps` of them."""
+    return torch.nn.functional.pad(table_BS, (0, 0) * (table_BS.ndim - 2) + (0, steps - table_BS.shape[1]))

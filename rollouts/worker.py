@@ -19,6 +19,7 @@ from .canvases import Frame, Start
 from .engine import denoise
 from .forward import LogitSource
 from .noise import uniform
+from .planned import check_planner
 from .sampler import Sampler
 from .trajectory import EDITED, Trajectory
 
@@ -84,6 +85,7 @@ class RolloutWorker:
 
     def __post_init__(self) -> None:
         check_cache(self.sampler.cache, self.denoiser)
+        check_planner(self.sampler, self.denoiser)
 
     def collect(self, rows: Sequence[Row], *, step: int, first_id: int = 0) -> RolloutBatch:
         """Return `len(rows) * group` scored rollouts; rollout ids count from `first_id * group`.
