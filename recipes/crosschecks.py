@@ -26,6 +26,7 @@ def check_recipe(recipe: Recipe | SftRecipe) -> None:
     _check_rewards(recipe)
     _check_rollout(recipe)
     _check_objective(recipe)
+    _check_planner(recipe)
     _check_estimator(recipe)
     _check_reference(recipe)
     _check_optim(recipe.optim)
@@ -149,7 +150,7 @@ def _check_rewards(recipe: Recipe) -> None:
 
 def _check_rollout(recipe: Recipe) -> None:
     rollout, advantage = recipe.rollout, recipe.objective.advantage["name"]
-    if rollout.temperature <= 0:
+    if rollout.temperature <= 0 and "tokens" in recipe.objective.actions:
         raise RecipeError(
             f"rollout.temperature: {rollout.temperature:g} decodes greedily: rollouts of a group are equal and no "
             "behaviour log-prob exists for the ratio; set it above 0 (evaluation.temperature may be 0)."
@@ -160,7 +161,8 @@ def _check_rollout(recipe: Recipe) -> None:
             "use 2 or more."
         )
     check_sampler(rollout.sampler, rollout.canvas, "rollout.sampler", "rollout.canvas")
-    check_density(recipe)
+    if "tokens" in recipe.objective.actions:
+        check_density(recipe)
 
 
 def check_sampler(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) -> None:
@@ -195,7 +197,9 @@ def _probe(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) ->
         built = build_sampler(sampler.model_dump())
         state.quota = built.quota(state)
         state.window_AL = state.quota.window_BL
-        built.choose(state, built.scores(state), state.quota)
+        # A planner's file may not be there yet.
+        if sampler.score["name"] != "planner":
+            built.choose(state, built.scores(state), state.quota)
         if built.cache is not None:
             built.cache(state, Layout.of(state))
     except RecipeError as error:
@@ -252,6 +256,12 @@ def _probe_learning(objective: ObjectiveSection) -> None:
                 SLOTS[slot].build(choice, slot)(*values)
         except RecipeError as error:
             raise RecipeError(f"objective.{error}") from error
+
+
+def _check_planner(recipe: Recipe) -> None:
+    from ..rl.planning_setup import check_planning
+
+    check_planning(recipe)
 
 
 def _check_estimator(recipe: Recipe) -> None:

@@ -21,6 +21,7 @@ from ..rollouts.sampler import Sampler
 from ..rollouts.trajectory import Lifetimes, Trajectory
 from .distributed import barrier, rank, world_size
 from .plan import Plan
+from .planning import StepPlan
 from .runfolder import write_json
 from .sharding import load_sharded, save_moments
 
@@ -106,11 +107,11 @@ def plan_path(folder: Path, rank: int) -> Path:
     return folder / f"plan-{rank}.safetensors"
 
 
-def save_plan(path: Path, plan: Plan | None) -> None:
+def save_plan(path: Path, plan: Plan | StepPlan | None) -> None:
     """Write a rank's plan with its trajectory; nothing when no plan is in flight."""
     if plan is None:
         return
-    trajectory = plan.views.trajectory
+    trajectory = plan.trajectory
     tensors = {f"plan.{name}": value.contiguous() for name, value in plan.tensors().items()}
     constants: dict[str, Any] = {}
     for entry in fields(trajectory):
@@ -124,7 +125,7 @@ def save_plan(path: Path, plan: Plan | None) -> None:
     save_file(tensors, path, metadata={"constants": json.dumps(constants)})
 
 
-def load_plan(path: Path, sampler: Sampler, device: torch.device | str = "cpu") -> Plan | None:
+def load_plan(path: Path, sampler: Sampler, device: torch.device | str = "cpu") -> Plan | StepPlan | None:
     """Return the plan that `save_plan` wrote, or None when there is no such file; CheckpointReadError if damaged."""
     if not path.is_file():
         return None
@@ -142,7 +143,8 @@ def load_plan(path: Path, sampler: Sampler, device: torch.device | str = "cpu") 
         recorded: dict[str, Any] = parts["trajectory"] | constants
         if parts["retracted"]:
             recorded["retracted"] = Lifetimes(**parts["retracted"])
-        return Plan.from_tensors(Trajectory(**recorded), sampler, parts["plan"])
+        kind: type[Plan] | type[StepPlan] = Plan if "weight_K" in parts["plan"] else StepPlan
+        return kind.from_tensors(Trajectory(**recorded), sampler, parts["plan"])
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointReadError(f"{path}: damaged ({error}); resume from an earlier checkpoint.") from error
 
@@ -228,7 +230,7 @@ class PlanKeeper(TrainerCallback):
                 _remove(path for path in complete_checkpoints(checkpoint.parent) if _step(path) > state.global_step)
         self.trainer.begun = True
 
-    def _plan_in_flight(self, checkpoint: Path, ranks: int) -> Plan:
+    def _plan_in_flight(self, checkpoint: Path, ranks: int) -> Plan | StepPlan:
         """Return this rank's plan; CheckpointReadError when the batch was shared among another number of ranks."""
         if ranks != world_size():
             raise CheckpointReadError(

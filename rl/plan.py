@@ -35,6 +35,11 @@ class Plan:
     mass: float
     reference_K: Tensor | None = None
 
+    @property
+    def trajectory(self) -> Trajectory:
+        """The rollouts."""
+        return self.views.trajectory
+
     def part(self, start: int, stop: int) -> Plan:
         """Return the plan of the views `start` to `stop`."""
         index_A = self.action_index(start, stop)

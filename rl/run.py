@@ -31,6 +31,7 @@ from .distributed import rank, world_size
 from .evaluate import Evaluation, heldout_rows
 from .evaluate import evaluate as evaluate_rows
 from .objective import build_objective
+from .planning_setup import build_planning, planner_notes
 from .runfolder import RunError, manifest, no_empty_folder, run_folder, write_atomically, write_json
 from .settings import cpu_backend, device_of, rewards_of, scoring_of
 from .sharding import gathered, save_trained
@@ -71,7 +72,10 @@ def train(recipe: Recipe, *, nproc: int = 1, resume: Path | None = None) -> dict
         closing = ClosingEvaluation()
         trainer.add_callback(closing)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        save_policy(trainer.denoiser, folder)
+        if trainer.planning is None:
+            save_policy(trainer.denoiser, folder)
+        elif rank() == 0:
+            trainer.planning.save(folder / "planner", **planner_notes(recipe))
         after = _plain(closing.metrics) if closing.metrics else _evaluated(trainer)
         summary = {
             "run": folder.name,
@@ -125,6 +129,7 @@ def build_trainer(recipe: Recipe, folder: Path) -> UnmaskTrainer:
         objective=build_objective(recipe.objective.model_dump()),
         advantage=SLOTS["advantage"].build(recipe.objective.advantage),
         start=SLOTS["canvas"].build(recipe.rollout.start, "rollout.start"),
+        planning=build_planning(recipe, denoiser),
         optim={"name": recipe.optim.optimizer, "matrix_lr": recipe.optim.matrix_lr, "betas": tuple(recipe.optim.betas)},
     )
 

@@ -19,6 +19,7 @@ from ..rewards import Scorer
 from ..rollouts.sampler import build_sampler
 from ..rollouts.worker import RolloutWorker
 from .checkpoints import MARKER, checkpoint_to_resume, complete_checkpoints
+from .planning_setup import with_planner
 from .runfolder import RunError, run_folder
 from .settings import device_of, quiet_peft, scoring_of
 
@@ -53,6 +54,8 @@ def open_target(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Den
     if not isinstance(recipe, Recipe):
         model = (folder if folder.is_dir() else run_folder(recipe)) / "model"
         raise RecipeError(f"'{target}' is a run or recipe of kind sft; name its model folder ({model}).")
+    if folder.is_dir() and recipe.planner is not None:
+        return with_planner(recipe, folder), load_policy(recipe)
     if folder.is_dir():
         return recipe, _trained(recipe, folder, checkpoint)
     return recipe, load_policy(recipe)

@@ -38,6 +38,7 @@ from .mismatch import mismatch_by_step
 from .objective import Objective
 from .optimizers import build_optimizer
 from .plan import Plan
+from .planning import Planning, StepPlan
 from .progress import Progress
 from .records import Records, batch_metrics, merge_metrics, write_rollouts
 from .settings import quiet_peft
@@ -82,6 +83,7 @@ class UnmaskTrainer(Trainer):
         optim: dict[str, Any] | None = None,
         scoring: ScoringConfig | None = None,
         start: Callable[..., Start] | None = None,
+        planning: Planning | None = None,
     ) -> None:
         self.denoiser = denoiser = prepare(model, peft_config, args.seed)
         scoring = scoring or ScoringConfig()
@@ -92,8 +94,11 @@ class UnmaskTrainer(Trainer):
         args.max_steps = _steps(args, self.rows)
         _check_group(args.num_generations, advantage)
         sampler = sampler or default_sampler(args)
-        self.sampler = trainable(replace(sampler, temperature=args.temperature))
-        self.objective: Objective = objective or default_objective(args, self.sampler)
+        sampler, self.planning = replace(sampler, temperature=args.temperature), planning
+        self.sampler = trainable(sampler) if planning is None else planning.acting(sampler)
+        self.objective: Objective | Planning = planning or objective or default_objective(args, self.sampler)
+        # What is optimised and checkpointed: a planner learns beside a denoiser that stays as it is.
+        self.learned: Any = denoiser.model if planning is None else planning.learner
         self.advantage, self.optim = advantage, optim or {}
         self.worker = RolloutWorker(
             denoiser=denoiser,
@@ -108,14 +113,17 @@ class UnmaskTrainer(Trainer):
             start=start,
         )
         eval_temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
-        self.eval_worker = replace(self.worker, sampler=replace(eval_sampler or sampler, temperature=eval_temperature))
+        eval_sampler = replace(eval_sampler or sampler, temperature=eval_temperature)
+        self.eval_worker = replace(
+            self.worker, sampler=eval_sampler if planning is None else planning.evaluating(eval_sampler)
+        )
         self.folder = Path(str(args.output_dir))
         # The plan in flight; the checkpoint that `train` resumes from; whether it has been read.
-        self.plan: Plan | None = None
+        self.plan: Plan | StepPlan | None = None
         self.checkpoint: Path | None = None
         self.begun, self._metrics = False, dict[str, Any]()
         super().__init__(
-            model=denoiser.model,
+            model=self.learned,
             args=args,
             train_dataset=range(args.max_steps),  # type: ignore[arg-type]
             eval_dataset=self.eval_rows,  # type: ignore[arg-type]
@@ -154,7 +162,9 @@ class UnmaskTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as peft does, or all weights in the vendor's layout, which `load_denoiser` reads."""
-        if (state := gathered(self.denoiser)) is not None:
+        if self.planning is not None and not _internal_call:
+            self.planning.save(output_dir or self.folder)
+        elif (state := gathered(self.denoiser)) is not None:
             if self.args.should_save:
                 save = save_for_resuming if _internal_call else save_trained
                 save(self.denoiser, Path(output_dir or self.folder), state)
@@ -176,7 +186,7 @@ class UnmaskTrainer(Trainer):
                 shard_for_training(self.accelerator, self.denoiser, self.reference)
             defaults: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
             defaults["betas"] = (args.adam_beta1, args.adam_beta2)
-            self.optimizer = build_optimizer(self.denoiser.model.named_parameters(), **(defaults | self.optim))
+            self.optimizer = build_optimizer(self.learned.named_parameters(), **(defaults | self.optim))
             if self.denoiser.root is not None:
                 leave_out_moments(self.optimizer)
         return self.optimizer
@@ -187,14 +197,17 @@ class UnmaskTrainer(Trainer):
         started = time.perf_counter()
         if self.plan is None or step % self.args.num_iterations == 0:
             batch = self._collect(step)
-            batch = batch.with_advantage(self.advantage(batch.rewards.total_B, batch.group_B))
+            reward_B = batch.rewards.total_B
+            if self.planning is not None:
+                reward_B = self.planning.credit(batch, step // self.args.num_iterations)
+            batch = batch.with_advantage(self.advantage(reward_B, batch.group_B))
             self._report(batch, step)
             self.plan = self._make_plan(batch, step)
         planned = time.perf_counter()
         model.train()
-        statistics = self.objective.backward(self.denoiser, self.plan)
-        reduce_gradients(self.denoiser.model.parameters(), average=False)
-        require_finite_gradient(self.denoiser.model.parameters(), step)
+        statistics = self.objective.backward(self.denoiser, self.plan)  # type: ignore[arg-type]
+        reduce_gradients(self.learned.parameters(), average=False)
+        require_finite_gradient(self.learned.parameters(), step)
         self._metrics |= {f"train/{name}": value for name, value in statistics.items() if name != "loss"}
         self._metrics["time/update_s"] = time.perf_counter() - planned
         self._metrics["time/step_s"] = time.perf_counter() - started
@@ -209,7 +222,7 @@ class UnmaskTrainer(Trainer):
         with whole(self.denoiser):
             return self.worker.collect(rows, step=number, first_id=first)
 
-    def _make_plan(self, batch: RolloutBatch, step: int) -> Plan:
+    def _make_plan(self, batch: RolloutBatch, step: int) -> Plan | StepPlan:
         """Return the plan of a batch; every inner step reuses it."""
         assert batch.advantage_B is not None
         device = self.denoiser.device
@@ -221,7 +234,8 @@ class UnmaskTrainer(Trainer):
             rng=generator(self.args.seed, "estimator", step),
             sampler=self.sampler,
         )
-        self._metrics |= mismatch_by_step(plan, self.sampler, self.objective.old)
+        if isinstance(plan, Plan):
+            self._metrics |= mismatch_by_step(plan, self.sampler, self.objective.old)
         return plan
 
     def _report(self, batch: RolloutBatch, step: int) -> None:
