@@ -38,6 +38,7 @@ PART_MODULES = {
     "estimator": "rl.estimators",
     "unit": "rl.units",
     "surrogate": "rl.surrogates",
+    "order": "rl.orders",
     "speed": "rl.speed",
     "divergence": "rl.divergences",
     "weight": "rl.weights",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field
 
 from .sections import Count, InSlot, Int, Part, Section
 
@@ -43,18 +43,15 @@ class PlannerSection(Section):
     speed: Annotated[Part, InSlot("speed")] = Field(
         {"name": "multiplicative"}, description="reward of a correct answer by its calls"
     )
-    alpha: Annotated[list[float], BeforeValidator(lambda v: [v, v] if isinstance(v, int | float) else v)] = Field(
-        [1.0, 1.0], min_length=2, max_length=2, description="trade-off: a number, or [low, high] drawn a group"
+    alpha: float | Annotated[tuple[float, float], Field(strict=False)] = Field(
+        1.0, description="trade-off of speed: a number, or [low, high] drawn a group and told to the planner"
     )
     target_nfe: float | None = Field(None, gt=0, description="calls a rollout; alpha then follows by dual ascent")
     dual_rate: float = Field(0.1, gt=0, description="target_nfe: change of alpha for calls e times the target")
     expert: ExpertSection | None = Field(None, description="threshold rollouts to imitate; null: none")
+    order: Annotated[Part, InSlot("order")] | None = Field(
+        None, description="categorical: the order that the planner is held to; null: none"
+    )
+    pull: float = Field(1e-4, ge=0, description="weight of its divergence from that order")
     entropy: float = Field(0.0, ge=0, description="weight of the entropy of a choice; only after a warm start")
     chunk: Int = Field(64, ge=1, description="steps of one training forward")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("alpha"), list | tuple):
-            return {**data, "alpha": [float(value) for value in data["alpha"]]}
-        return data

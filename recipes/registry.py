@@ -173,6 +173,7 @@ SLOTS: dict[str, Slot] = {
         "estimator": "(trajectory, *, rng, context, ...) -> Views",
         "unit": "(actions) -> unit_A",
         "surrogate": "(log_ratio_U, advantage_U, *, ...) -> loss_U",
+        "order": "(odds_NL, candidate_NL, *, ...) -> probability_NL",
         "speed": "(reward_B, steps_B, length_B, alpha_B, *, ...) -> reward_B",
         "divergence": "(logprob_K, reference_K) -> divergence_K",
         "weight": "(views, *, ...) -> (weight_K, mass_B)",

@@ -119,6 +119,11 @@ class UnmaskConfig(TrainingArguments):
         self.ignore_data_skip = False
         super().__post_init__()
 
+    @property
+    def evaluation_temperature(self) -> float:
+        """The temperature of evaluation."""
+        return self.temperature if self.eval_temperature is None else self.eval_temperature
+
     @classmethod
     def from_grpo(cls, config: Any, **overrides: Any) -> UnmaskConfig:
         """Return the UnmaskConfig that means what a `trl.GRPOConfig` says.

@@ -22,6 +22,8 @@ from ..rollouts.state import State
 from ..rollouts.traits import bare, knobs_of
 from ..rollouts.trajectory import GIVEN, Trajectory
 from ..rollouts.worker import RolloutBatch
+from . import orders
+from .defaults import trainable
 from .distributed import gather_objects, total
 from .losses import NonFiniteError
 
@@ -81,9 +83,10 @@ class Planning:
         loss = 1/N sum_n surrogate(log rho_n, A_n) - w/E sum_e (A_e)+ log p(u_e) - entropy/N sum_n H_n
 
     where e are the steps of expert rollouts (`cloning`; with `mixture` they join the first sum, both probabilities
-    mixed with a point mass: arXiv 2512.09106, appendix, G of G + E). In the first `warmup` batches the expert drives
-    all and the loss is -1/E sum_e log p(u_e). `alpha` [low, high] is drawn log-uniformly a group and told to the
-    policy, one number for all where both are equal; with `target_nfe` it follows from the rollouts by dual ascent.
+    mixed with a point mass: arXiv 2512.09106, appendix, G of G + E). An `order` adds `pull`/N sum_n of the divergence
+    from it (UPO). In the first `warmup` batches the expert drives all and the loss is -1/E sum_e log p(u_e). `alpha`
+    [low, high] is drawn log-uniformly a group and told to the policy, one number for all where both are equal; with
+    `target_nfe` it follows from the rollouts by dual ascent.
     """
 
     planner: Planner
@@ -100,6 +103,8 @@ class Planning:
     steering: str = "none"
     weight: float = 1.0
     anneal: int = 0
+    order: Callable[..., Tensor] | None = None
+    pull: float = 0.0
     entropy: float = 0.0
     chunk: int = 64
     # As an Objective: ratios divide by the rollout's own log-probs, and there is no reference.
@@ -122,6 +127,12 @@ class Planning:
             raise RecipeError("planner.expert: a threshold opens numbers that `count` may not have; use bernoulli.")
         if self.target_nfe is not None and low != high:
             raise RecipeError("planner.target_nfe: alpha follows from it; give alpha one number to begin with.")
+        if self.order is not None and (
+            self.planner.spec.distribution != "categorical" or "odds" not in self.planner.spec.features
+        ):
+            raise RecipeError(
+                "planner.order: is made of the feature odds and orders one position a step; use categorical."
+            )
         self.learner = Learner(self.planner.network, high)
         self.surrogate(torch.zeros(1), torch.ones(1))
 
@@ -133,7 +144,7 @@ class Planning:
     def acting(self, sampler: Sampler) -> Sampler:
         """Return a training sampler: the planner in its score, told each group's trade-off; what it saw is recorded."""
         single = self.planner.spec.distribution == "categorical"
-        expert = Expert(self._level, self.block, single) if self.levels else None
+        expert = Expert(partial(_level, self), self.block, single) if self.levels else None
         # The same one in the loss: a policy that acts at one temperature and is scored at another is not that policy.
         self.temperature = knobs_of(sampler.score).get("temperature", 1.0)
         if not sampler.plans or knobs_of(sampler.selection).get("decide", "sample") != "sample":
@@ -158,16 +169,6 @@ class Planning:
             return torch.full(rollout_id_B.shape, float(self.learner.price), device=rollout_id_B.device)
         share_B = uniform(self.seed, "alpha", batch, rollout_id_B // self.group)
         return (math.log(low) + share_B * math.log(high / low)).exp().float()
-
-    def _level(self, state: State) -> Tensor:
-        """Return the threshold of the rows that the expert drives, NaN elsewhere; an evaluation has none."""
-        table_E = torch.tensor(self.levels, device=state.step_A.device)
-        place_A = state.rollout_id_A % self.group
-        if 0 <= state.step < self.warmup:
-            return table_E[place_A % len(self.levels)]
-        first = self.group - self.experts
-        own_A = place_A < first if state.step >= 0 else torch.ones_like(place_A, dtype=torch.bool)
-        return torch.where(own_A, torch.nan, table_E[(place_A - first).clamp(min=0) % len(self.levels)])
 
     def credit(self, batch: RolloutBatch, number: int) -> Tensor:
         """Return the rewards with speed in them, and move the trade-off where calls have a target."""
@@ -206,7 +207,7 @@ class Planning:
         expert_N, old_N = expert_B[row_N], trajectory.choice_logprob_BS[row_N, step_N]
         own_N = torch.ones_like(expert_N) if self.steering == "mixture" and not imitates else ~expert_N
         kept_N = (own_N & (advantage_B[row_N] != 0)) | (expert_N & (imitates | (advantage_B[row_N] > 0)))
-        if self.entropy:
+        if self.entropy or self.order is not None:
             kept_N |= own_N
         faded = max(0.0, 1 - (self.batch - self.warmup) / self.anneal) if self.anneal else 1.0
         return StepPlan(
@@ -230,8 +231,8 @@ class Planning:
         sums = dict.fromkeys(("loss", "entropy", "clip_like", "ratio_max", "logprob"), 0.0)
         for start in range(0, len(plan.row_N), self.chunk):
             part = slice(start, start + self.chunk)
-            logprob_N, entropy_N = self._scores(plan, part)
-            loss, log_ratio_N = self._loss(plan, part, logprob_N, entropy_N)
+            logprob_N, entropy_N, pull_N = _scores(self, plan, part)
+            loss, log_ratio_N = self._loss(plan, part, logprob_N, self.pull * pull_N - self.entropy * entropy_N)
             if not bool(loss.isfinite()):
                 rollout = int(plan.trajectory.rollout_id_B[plan.row_N[part][0]])
                 raise NonFiniteError(
@@ -255,20 +256,8 @@ class Planning:
             **({"alpha": float(self.learner.price)} if low == high else {}),
         }
 
-    def _scores(self, plan: StepPlan, part: slice) -> tuple[Tensor, Tensor]:
-        """Return log-probability and entropy of some of the recorded choices."""
-        trajectory, row_N, step_N = plan.trajectory, plan.row_N[part], plan.step_N[part]
-        assert trajectory.features_BSLF is not None and trajectory.candidate_BSL is not None
-        token_NL, rank_NL = trajectory.drawn_at(row_N, step_N)
-        chosen_NL = token_NL != trajectory.mask_token_id
-        feature_NLF = trajectory.features_BSLF[row_N, step_N].float()
-        distribution = self.planner.distribution(
-            feature_NLF, trajectory.candidate_BSL[row_N, step_N], temperature=self.temperature
-        )
-        return distribution.log_prob(chosen_NL, rank_NL), distribution.entropy(chosen_NL, rank_NL)
-
-    def _loss(self, plan: StepPlan, part: slice, logprob_N: Tensor, entropy_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this part's share of the loss, and the log-ratios of the planner's own steps."""
+    def _loss(self, plan: StepPlan, part: slice, logprob_N: Tensor, extra_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this part's share of the loss with `extra_N` a step, and the log-ratios of the planner's own steps."""
         expert_N, advantage_N, old_N = plan.expert_N[part], plan.advantage_N[part], plan.old_N[part]
         ratio_N = expert_N.new_zeros(len(expert_N), dtype=logprob_N.dtype)
         loss = logprob_N.sum() * 0.0
@@ -281,21 +270,59 @@ class Planning:
         own_N = ~expert_N
         ratio_N = logprob_N - old_N
         if self.steering == "mixture":
-            own_N, ratio_N = (
-                torch.ones_like(own_N),
-                torch.where(expert_N, self._mixed(logprob_N) - self._mixed(old_N), ratio_N),
-            )
-        shares_N = self.surrogate(ratio_N, advantage_N) - self.entropy * entropy_N
+            share, own_N = self.experts / self.group, torch.ones_like(own_N)
+            ratio_N = torch.where(expert_N, _mixed(logprob_N, share) - _mixed(old_N, share), ratio_N)
+        shares_N = self.surrogate(ratio_N, advantage_N) + extra_N
         return loss + torch.where(own_N, shares_N, 0.0).sum() / max(plan.mass, 1.0), ratio_N[own_N].detach()
-
-    def _mixed(self, logprob_N: Tensor) -> Tensor:
-        """Return log[(G - E)/G p + E/G], the published behaviour of an expert's step."""
-        own = math.log(1 - self.experts / self.group)
-        return torch.logaddexp(logprob_N + own, torch.full_like(logprob_N, math.log(self.experts / self.group)))
 
     def save(self, directory: str | Path, **notes: Any) -> Path:
         """Write the planner with the range of its trade-off."""
         return self.planner.save(directory, alpha=list(self.alpha), **notes)
+
+
+def _scores(planning: Planning, plan: StepPlan, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probability, entropy and divergence from the order of some of the recorded choices."""
+    trajectory, row_N, step_N = plan.trajectory, plan.row_N[part], plan.step_N[part]
+    assert trajectory.features_BSLF is not None and trajectory.candidate_BSL is not None
+    token_NL, rank_NL = trajectory.drawn_at(row_N, step_N)
+    chosen_NL = token_NL != trajectory.mask_token_id
+    feature_NLF = trajectory.features_BSLF[row_N, step_N].float()
+    candidate_NL = trajectory.candidate_BSL[row_N, step_N]
+    distribution = planning.planner.distribution(feature_NLF, candidate_NL, temperature=planning.temperature)
+    logprob_N, entropy_N = (measure(chosen_NL, rank_NL) for measure in (distribution.log_prob, distribution.entropy))
+    if planning.order is None:
+        return logprob_N, entropy_N, torch.zeros_like(logprob_N)
+    odds_NL = 4 * feature_NLF[..., planning.planner.spec.features.index("odds")]  # as `observe` divides them
+    return logprob_N, entropy_N, orders.pull(planning.order, distribution, odds_NL, candidate_NL)
+
+
+def _level(planning: Planning, state: State) -> Tensor:
+    """Return the threshold of the rows that the expert drives, NaN elsewhere; an evaluation has none."""
+    table_E = torch.tensor(planning.levels, device=state.step_A.device)
+    place_A = state.rollout_id_A % planning.group
+    if 0 <= state.step < planning.warmup:
+        return table_E[place_A % len(planning.levels)]
+    first = planning.group - planning.experts
+    own_A = place_A < first if state.step >= 0 else torch.ones_like(place_A, dtype=torch.bool)
+    return torch.where(own_A, torch.nan, table_E[(place_A - first).clamp(min=0) % len(planning.levels)])
+
+
+def _mixed(logprob_N: Tensor, share: float) -> Tensor:
+    """Return log[(1 - e) p + e] with e the share of experts, the published behaviour of an expert's step."""
+    point_N = torch.full_like(logprob_N, math.log(share))
+    return torch.logaddexp(logprob_N + math.log(1 - share), point_N)
+
+
+def samplers_of(planning: Planning | None, training: Sampler, evaluation: Sampler) -> tuple[Sampler, Sampler]:
+    """Return both samplers with the planner in them; without one, RecipeError where no tokens could be trained."""
+    if planning is None:
+        return trainable(training), evaluation
+    return planning.acting(training), planning.evaluating(evaluation)
+
+
+def credited(planning: Planning | None, batch: RolloutBatch, number: int) -> Tensor:
+    """Return the rewards that are compared in a group, with speed in them where a planner learns."""
+    return batch.rewards.total_B if planning is None else planning.credit(batch, number)
 
 
 def bound(sampler: Sampler, act: Acting) -> Sampler:

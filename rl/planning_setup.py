@@ -9,7 +9,7 @@ from typing import Any
 from ..policies.planner import FEATURES, FILE, Planner, PlannerSpec, fingerprint_of, load_planner, new_planner
 from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import Recipe
-from . import speed  # noqa: F401 (importing registers the parts)
+from . import orders, speed  # noqa: F401 (importing registers the parts)
 from .planning import Planning
 
 
@@ -41,8 +41,9 @@ def build_planning(recipe: Recipe, denoiser: Any) -> Planning | None:
         speed=SLOTS["speed"].build(section.speed),
         group=recipe.rollout.group,
         seed=seed,
-        alpha=(section.alpha[0], section.alpha[1]),
-        **{name: getattr(section, name) for name in ("target_nfe", "dual_rate", "entropy", "chunk")},
+        alpha=_range(section.alpha),
+        order=None if section.order is None else SLOTS["order"].build(section.order),
+        **{name: getattr(section, name) for name in ("target_nfe", "dual_rate", "pull", "entropy", "chunk")},
         **steering,
     )
 
@@ -96,8 +97,13 @@ def check_planning(recipe: Recipe) -> None:
         surrogate=SLOTS["surrogate"].build(recipe.objective.surrogate),
         speed=SLOTS["speed"].build(section.speed),
         group=recipe.rollout.group,
-        alpha=(section.alpha[0], section.alpha[1]),
+        alpha=_range(section.alpha),
         target_nfe=section.target_nfe,
+        order=None if section.order is None else SLOTS["order"].build(section.order),
         levels=() if expert is None else tuple(expert.levels),
         steering="none" if expert is None else expert.steering,
     )
+
+
+def _range(alpha: float | tuple[float, float]) -> tuple[float, float]:
+    return (alpha, alpha) if isinstance(alpha, float) else alpha

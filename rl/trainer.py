@@ -30,7 +30,7 @@ from ..rollouts.worker import RolloutBatch, RolloutWorker
 from . import advantages
 from .checkpoints import PlanKeeper, file_errors, starting_point
 from .config import UnmaskConfig
-from .defaults import default_objective, default_sampler, trainable
+from .defaults import default_objective, default_sampler
 from .distributed import gather_objects, rank, reduce_gradients, world_size
 from .evaluate import evaluate, heldout_rows
 from .finite import require_finite_gradient
@@ -38,7 +38,7 @@ from .mismatch import mismatch_by_step
 from .objective import Objective
 from .optimizers import build_optimizer
 from .plan import Plan
-from .planning import Planning, StepPlan
+from .planning import Planning, StepPlan, credited, samplers_of
 from .progress import Progress
 from .records import Records, batch_metrics, merge_metrics, write_rollouts
 from .settings import quiet_peft
@@ -60,7 +60,7 @@ class UnmaskTrainer(Trainer):
     Rewards; datasets are sequences of rows with a `prompt` (or task Rows). A `peft_config` without target modules
     adapts the family's linear layers. `sampler` (at the temperature of `args`), `objective` and `advantage` default to
     blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean; `start` is a canvas part (default: masks).
-    One `training_step` is one step.
+    One `training_step` is one step. With `planning` the planner is `learned`, that is optimised and checkpointed.
     """
 
     args: UnmaskConfig
@@ -93,11 +93,10 @@ class UnmaskTrainer(Trainer):
         self.eval_rows = None if eval_dataset is None else _heldout(eval_dataset, args)
         args.max_steps = _steps(args, self.rows)
         _check_group(args.num_generations, advantage)
-        sampler = sampler or default_sampler(args)
-        sampler, self.planning = replace(sampler, temperature=args.temperature), planning
-        self.sampler = trainable(sampler) if planning is None else planning.acting(sampler)
+        sampler = replace(sampler or default_sampler(args), temperature=args.temperature)
+        tested = replace(eval_sampler or sampler, temperature=args.evaluation_temperature)
+        self.planning, (self.sampler, tested) = planning, samplers_of(planning, sampler, tested)
         self.objective: Objective | Planning = planning or objective or default_objective(args, self.sampler)
-        # What is optimised and checkpointed: a planner learns beside a denoiser that stays as it is.
         self.learned: Any = denoiser.model if planning is None else planning.learner
         self.advantage, self.optim = advantage, optim or {}
         self.worker = RolloutWorker(
@@ -112,11 +111,7 @@ class UnmaskTrainer(Trainer):
             micro_batch=args.rollout_batch_size,
             start=start,
         )
-        eval_temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
-        eval_sampler = replace(eval_sampler or sampler, temperature=eval_temperature)
-        self.eval_worker = replace(
-            self.worker, sampler=eval_sampler if planning is None else planning.evaluating(eval_sampler)
-        )
+        self.eval_worker = replace(self.worker, sampler=tested)
         self.folder = Path(str(args.output_dir))
         # The plan in flight; the checkpoint that `train` resumes from; whether it has been read.
         self.plan: Plan | StepPlan | None = None
@@ -197,9 +192,7 @@ class UnmaskTrainer(Trainer):
         started = time.perf_counter()
         if self.plan is None or step % self.args.num_iterations == 0:
             batch = self._collect(step)
-            reward_B = batch.rewards.total_B
-            if self.planning is not None:
-                reward_B = self.planning.credit(batch, step // self.args.num_iterations)
+            reward_B = credited(self.planning, batch, step // self.args.num_iterations)
             batch = batch.with_advantage(self.advantage(reward_B, batch.group_B))
             self._report(batch, step)
             self.plan = self._make_plan(batch, step)

@@ -14,6 +14,7 @@ from .choices import Scored, rollout_choice
 from .columns import Cached
 from .forward import Forward, LogitSource, Rows, shared_rows
 from .measures import Statistics, measure_rows
+from .planned import note_plan
 from .ranking import rank
 from .revisions import commit
 from .sampler import Sampler
@@ -217,10 +218,9 @@ class _Run:
         scored = Scored(score_AL, chosen_AL, rank_AL, window_AL)
         if sampler.exact_choice:
             choice_A = rollout_choice(sampler, rows, flat_K, scored, state, self.banned)
-            choice_B = choice_A.new_zeros(len(self.record.tokens_BL))
-            self.record.choice_logprobs.append(choice_B.index_copy(0, self.alive_A, choice_A))
+            self.record.note(self.alive_A, "choice_logprobs", choice_A)
         elif sampler.plans:
-            self._note_plan(state, scored, live_A & ~last_A)
+            note_plan(self.record, state, scored, self.alive_A, live_A & ~last_A, sampler.keeps_features)
         self.memory = commit(self.record, sampler, state, scored, self.alive_A, live_A & ~last_A)
         self.record.steps_B[self.alive_A] = state.step_A + live_A
 
@@ -238,16 +238,6 @@ class _Run:
         table = found.table(flat_K, rows_A, length)
         self._note_broken(state, table, asked_AL)
         return rows, flat_K, table
-
-    def _note_plan(self, state: State, scored: Scored, acts_A: Tensor) -> None:
-        """Record the planner's step: log-probability of its choice, and what it saw; a forced last step is none."""
-        step, record = state.planned, self.record
-        assert step is not None
-        logprob_A = step.distribution.log_prob(scored.chosen_AL, scored.rank_AL)
-        record.note(self.alive_A, "choice_logprobs", torch.where(acts_A, logprob_A, 0.0))
-        if self.sampler.keeps_features:
-            record.note(self.alive_A, "features", step.feature_ALF)
-            record.note(self.alive_A, "candidates", scored.window_AL & acts_A[:, None])
 
     def _note_broken(self, state: State, table: Statistics, asked_AL: Tensor) -> None:
         """Remember the first position of each row without a distribution; `check` raises, one look a few steps."""
@@ -268,7 +258,6 @@ class _Run:
     def trajectory(self) -> Trajectory:
         """Return what was recorded."""
         record, sampler, family = self.record, self.sampler, self.denoiser.family
-        resizes = sampler.length is not None
         return Trajectory(
             prompt_BQ=self.prompt_BQ,
             prompt_mask_BQ=self.prompt_mask_BQ,
@@ -284,11 +273,10 @@ class _Run:
             eos_token_ids=tuple(family.eos_token_ids),
             banned_token_ids=self.banned,
             choice_logprob_BS=record.by_step("choice_logprobs") if sampler.exact_choice or sampler.plans else None,
-            features_BSLF=record.by_step("features") if sampler.keeps_features else None,
-            candidate_BSL=record.by_step("candidates") if sampler.keeps_features else None,
+            **record.seen(),
             retracted=record.lifetimes() if sampler.revises else None,
-            length_BS=record.lengths_by_step() if resizes else None,
-            appeared_BL=record.appeared_BL if resizes else None,
+            length_BS=record.lengths_by_step() if sampler.length is not None else None,
+            appeared_BL=record.appeared_BL if sampler.length is not None else None,
             offset_B=None if family.attention == "full" else self.offset_B,
         )
 

@@ -18,7 +18,7 @@ from .features import NEEDS, observe
 from .measures import Statistics
 from .ranking import best
 from .schedules import Quota, first_block
-from .state import State
+from .state import Record, State
 from .traits import bare, knobs_of, traits
 
 
@@ -140,6 +140,25 @@ def _keys(score_BL: Tensor, state: State, *, decide: str = "sample") -> Tensor:
 
 
 planned.keys = _keys  # type: ignore[attr-defined]
+
+
+def note_plan(record: Record, state: State, scored: Any, alive_A: Tensor, acts_A: Tensor, keeps: bool) -> None:
+    """Record a planner's step: log-probability of its choice and, to train on, what it saw; a forced step is none."""
+    step = state.planned
+    assert step is not None
+    logprob_A = step.distribution.log_prob(scored.chosen_AL, scored.rank_AL)
+    record.note(alive_A, "choice_logprobs", torch.where(acts_A, logprob_A, 0.0))
+    if keeps:
+        record.note(alive_A, "features", step.feature_ALF)
+        record.note(alive_A, "candidates", scored.window_AL & acts_A[:, None])
+
+
+def empty_plans(state: State) -> Tensor:
+    """Return the rows whose planner chose to open nothing; none where it cannot, and without a planner."""
+    step = state.planned
+    if step is None or step.draw is None or not step.distribution.may_be_empty:
+        return torch.zeros_like(state.step_A, dtype=torch.bool)
+    return ~step.draw.chosen_BL.any(dim=1)
 
 
 def check_planner(sampler: Any, denoiser: Any) -> None:

@@ -27,7 +27,7 @@ from .lengths import Resize
 from .measures import Request
 from .schedules import Quota
 from .state import State
-from .traits import STATUSES, Traits, bare, knob_of, knobs_of, traits_of, wants
+from .traits import STATUSES, Traits, bare, knob_of, knobs_of, reach_of, traits_of, wants
 
 EOS_RULES = ("stop", "none")
 LINGERING = "lingering"  # where an editing keeps the region of the last step
@@ -103,17 +103,8 @@ class Sampler:
 
     @property
     def reach(self) -> str:
-        """Where statistics are wanted.
-
-        In the `window`, at all `open` positions, also at tokens of its `region` or `canvas`, or `everywhere`.
-        """
-        looking = [traits for traits in self.traits if traits.canvas]
-        open_too = any(traits.open for traits in self.traits)
-        if any(traits.everywhere for traits in self.traits) or (open_too and looking):
-            return "everywhere"
-        if open_too:
-            return "open"
-        return "window" if not looking else "region" if all(traits.local for traits in looking) else "canvas"
+        """Where statistics are wanted; see `traits.reach_of`."""
+        return reach_of(self.traits)
 
     @property
     def shadow(self) -> bool:
@@ -150,15 +141,10 @@ class Sampler:
     @property
     def status(self) -> str:
         """What the recorded log-probability is: one of `STATUSES` (samplers.md section 1.7)."""
-        found = [traits_of(part).status for part in self.parts]
-        if self.refusal:
-            found.append("none")
-        if self.mismatch or (self.chooses_at_random and not self.exact):
-            found.append("behaviour only")
-        if self.chooses_at_random and any(traits.drops for traits in self.traits):
-            # What is drawn and dropped decides what stays: no closed form.
-            found.append("behaviour only")
-        return max(found, key=STATUSES.index)
+        found = [traits.status for traits in self.traits] + ["none"] * bool(self.refusal)
+        # What is drawn and dropped decides what stays: no closed form.
+        unscored = self.chooses_at_random and (not self.exact or any(traits.drops for traits in self.traits))
+        return max(found + ["behaviour only"] * bool(self.mismatch or unscored), key=STATUSES.index)
 
     def quota(self, state: State) -> Quota:
         """Return the schedule's quota, kept to masked positions and, where a row has any, never empty."""
@@ -182,12 +168,9 @@ class Sampler:
 
     def waits(self, state: State) -> Tensor:
         """Return the rows that commit nothing: a planner said so, or the length part wants a longer canvas first."""
-        step = state.planned
-        if step is not None and step.draw is not None and step.distribution.may_be_empty:
-            return ~step.draw.chosen_BL.any(dim=1)
         rule = getattr(bare(self.length), "waits", None)
         if rule is None:
-            return torch.zeros_like(state.step_A, dtype=torch.bool)
+            return planned.empty_plans(state)
         return rule(state, **knobs_of(self.length)) & ~state.exists_AL.all(dim=1)
 
     def scores(self, state: State) -> Tensor:

@@ -240,6 +240,11 @@ class Record:
         steps = getattr(self, name)
         return torch.stack(steps, dim=1) if steps else self.logprob_BL[:, :0]
 
+    def seen(self) -> dict[str, Tensor]:
+        """Return what a planner saw and could choose from, where it was kept."""
+        names = {"features_BSLF": "features", "candidate_BSL": "candidates"} if self.features else {}
+        return {field: self.by_step(name) for field, name in names.items()}
+
     def note(self, alive_A: Tensor, name: str, value_A: Tensor) -> None:
         """Add a step's table of the rows `alive_A` to one of the lists, 0 in the others."""
         empty_B = value_A.new_zeros(len(self.tokens_BL), *value_A.shape[1:])

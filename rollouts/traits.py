@@ -78,3 +78,17 @@ def traits_of(part: Any) -> Traits:
 def wants(part: Any, name: str) -> bool:
     """Return whether a part has a parameter `name`, which the engine then gives it."""
     return name in inspect.signature(bare(part)).parameters
+
+
+def reach_of(found: tuple[Traits, ...]) -> str:
+    """Return where a sampler whose parts have these traits wants statistics.
+
+    In the `window`, at all `open` positions, also at tokens of its `region` or `canvas`, or `everywhere`.
+    """
+    looking = [traits for traits in found if traits.canvas]
+    open_too = any(traits.open for traits in found)
+    if any(traits.everywhere for traits in found) or (open_too and looking):
+        return "everywhere"
+    if open_too:
+        return "open"
+    return "window" if not looking else "region" if all(traits.local for traits in looking) else "canvas"

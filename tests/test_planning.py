@@ -20,9 +20,10 @@ from torch import Tensor
 from unmask.policies.denoiser import Denoiser
 from unmask.policies.loading import new_denoiser
 from unmask.policies.planner import PlannerSpec, load_planner, new_planner
+from unmask.policies.planner_distributions import Categorical
 from unmask.recipes.loading import parse_recipe
 from unmask.recipes.registry import RecipeError
-from unmask.rl import run
+from unmask.rl import orders, run
 from unmask.rl.planning import Planning
 from unmask.rl.speed import additive, multiplicative
 from unmask.rl.surrogates import importance, ppo_clip
@@ -236,9 +237,56 @@ def test_credit_is_told_alpha_and_the_open_positions() -> None:
     torch.testing.assert_close(planning.credit(batch, 0), torch.tensor([1.0, (4 / 8) ** 2]))
 
 
+def test_orders_by_hand() -> None:
+    odds_NL = torch.logit(torch.tensor([[0.9, 0.5, 0.9, 0.99], [0.2, 0.6, 0.4, 0.1]], dtype=torch.float64))
+    candidate_NL = torch.tensor([[True, True, True, False], [False, True, False, False]])
+    torch.testing.assert_close(
+        orders.max_confidence(odds_NL, candidate_NL), torch.tensor([[0.5, 0, 0.5, 0], [0, 1, 0, 0]])
+    )
+    found_NL = orders.softmax(odds_NL, candidate_NL, temperature=0.2)
+    torch.testing.assert_close(found_NL[0, 0] / found_NL[0, 1], torch.tensor(math.exp(2)).double())
+    torch.testing.assert_close(found_NL.sum(dim=1), torch.ones(2).double())
+
+
+@pytest.mark.parametrize("name", ["max_confidence", "softmax"])
+def test_the_pull_is_least_at_its_order(name: str) -> None:
+    """KL at the reference itself is 0, cross-entropy its own entropy; descent from elsewhere comes there."""
+    odds_NL, candidate_NL = torch.tensor([[2.0, 1.0, 2.0, 0.3]]), torch.tensor([[True, True, True, False]])
+    part = getattr(orders, name)
+    reference_NL = part(odds_NL, candidate_NL)
+    logit_NL = torch.zeros(1, 4, requires_grad=True)
+    optimizer = torch.optim.Adam([logit_NL], lr=0.3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = orders.pull(part, Categorical(logit_NL, candidate_NL), odds_NL, candidate_NL).sum()
+        loss.backward()
+        optimizer.step()
+    least = math.log(2) if name == "max_confidence" else 0.0
+    assert loss.item() == pytest.approx(least, abs=2e-3)
+    assert (Categorical(logit_NL, candidate_NL).chance_BL.exp() - reference_NL)[candidate_NL].abs().max() < 2e-2
+
+
+def test_upo_adds_its_pull(denoiser: Denoiser) -> None:
+    spec = PlannerSpec(width=16, mlp=32, distribution="categorical")
+    losses = []
+    for options in ({}, {"order": orders.max_confidence, "pull": 0.5}):
+        planning = planning_of(spec=spec, **options)
+        made, sampler = roll(denoiser, planning)
+        plan = planned(planning, made, sampler)
+        losses.append(planning.backward(None, plan)["loss"])
+    row_N, step_N = plan.row_N, plan.step_N
+    feature_NLF, candidate_NL = made.features_BSLF[row_N, step_N].float(), made.candidate_BSL[row_N, step_N]
+    logprob_NL = planning.planner.distribution(feature_NLF, candidate_NL).chance_BL
+    best_N = feature_NLF[..., 0].masked_fill(~candidate_NL, -torch.inf)
+    ties_NL = best_N == best_N.amax(dim=1, keepdim=True)
+    wanted = -torch.stack([logprob_NL[n][ties_NL[n]].mean() for n in range(len(row_N))]).mean()
+    assert losses[1] - losses[0] == pytest.approx(0.5 * wanted.item(), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"order": orders.max_confidence}, "use categorical"),
         ({"alpha": (2.0, 1.0)}, "must rise"),
         ({"alpha": (0.0, 1.0)}, "lie above 0"),
         ({"levels": (1.5,)}, "compared with probabilities"),
