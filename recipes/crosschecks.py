@@ -156,7 +156,7 @@ def _check_rewards(recipe: Recipe) -> None:
 
 def _check_rollout(recipe: Recipe) -> None:
     rollout, advantage = recipe.rollout, recipe.objective.advantage["name"]
-    if rollout.temperature <= 0:
+    if rollout.temperature <= 0 and "tokens" in recipe.objective.actions:
         raise RecipeError(
             f"rollout.temperature: {rollout.temperature:g} decodes greedily: rollouts of a group are equal and no "
             "behaviour log-prob exists for the ratio; set it above 0 (evaluation.temperature may be 0)."
@@ -167,7 +167,8 @@ def _check_rollout(recipe: Recipe) -> None:
             "use 2 or more."
         )
     check_sampler(rollout.sampler, rollout.canvas, "rollout.sampler", "rollout.canvas")
-    check_density(recipe)
+    if "tokens" in recipe.objective.actions:
+        check_density(recipe)
 
 
 def _check_exploration(recipe: Recipe) -> None:
@@ -216,7 +217,9 @@ def _probe(sampler: SamplerSection, canvas: int, where: str, canvas_key: str) ->
         built = build_sampler(sampler.model_dump())
         state.quota = built.quota(state)
         state.window_AL = state.quota.window_BL
-        built.choose(state, built.scores(state), state.quota)
+        # A planner's file may not be there yet.
+        if sampler.score["name"] != "planner":
+            built.choose(state, built.scores(state), state.quota)
         if built.cache is not None:
             built.cache(state, Layout.of(state))
     except RecipeError as error:

@@ -42,6 +42,8 @@ PART_MODULES = {
     "unit": "rl.units",
     "bound": "rl.bounds",
     "surrogate": "rl.surrogates",
+    "order": "rl.orders",
+    "speed": "rl.speed",
     "divergence": "rl.divergences",
     "weight": "rl.weights",
 }

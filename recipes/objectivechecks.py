@@ -15,6 +15,13 @@ def check_objective(recipe: Recipe) -> None:
     _check_estimator(recipe)
     _check_drafts(recipe)
     _check_reference(recipe)
+    _check_planner(recipe)
+
+
+def _check_planner(recipe: Recipe) -> None:
+    from ..rl.planning_setup import check_planning
+
+    check_planning(recipe)
 
 
 def _check_correction(recipe: Recipe) -> None:

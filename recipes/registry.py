@@ -120,7 +120,7 @@ class Slot:
             parameters = inspect.signature(self.get(name), eval_str=True).parameters.values()
         except (TypeError, NameError) as error:
             raise RecipeError(f"{self.name}: the parameters of '{name}' cannot be read ({error}).") from error
-        hidden = {"rng", "noise", "context", "state", "inner", "credit"}
+        hidden = {"rng", "noise", "context", "state", "inner", "credit", "acting"}
         return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in hidden}
 
     def check(self, choice: Any, where: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -176,6 +176,8 @@ SLOTS: dict[str, Slot] = {
         "unit": "(actions) -> unit_A",
         "bound": "(logprob_A, terms, *, ...) -> value_U",
         "surrogate": "(log_ratio_U, advantage_U, *, ...) -> loss_U",
+        "order": "(odds_NL, candidate_NL, *, ...) -> probability_NL",
+        "speed": "(reward_B, steps_B, length_B, alpha_B, *, ...) -> reward_B",
         "divergence": "(logprob_K, reference_K) -> divergence_K",
         "weight": "(views, *, ...) -> (weight_K, mass_B)",
     }.items()

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from .planning import PlannerSection
 from .sections import (
     NO_TRACKER,
     Count,
@@ -21,6 +22,9 @@ from .sections import (
     listed,
     named,
 )
+
+Action = Literal["tokens", "positions"]
+TOKENS: list[Action] = ["tokens"]
 
 
 class LoraSection(Section):
@@ -125,6 +129,9 @@ class CorrectionSection(Section):
 class ObjectiveSection(Section):
     """The policy-gradient objective; `method` fills what is not written here."""
 
+    actions: list[Action] = Field(
+        default_factory=lambda: list(TOKENS), min_length=1, description="what is trained: draws; a planner's choices"
+    )
     estimator: Annotated[Part, InSlot("estimator")] = Field(description="which views of a rollout are scored")
     unit: Annotated[Part, InSlot("unit")] = Field(description="tokens that share one importance ratio")
     bound: Annotated[Part, InSlot("bound")] = Field(
@@ -218,6 +225,7 @@ class Recipe(Section):
     allow_code_execution: bool = Field(False, description="rewards may run model-written code in a sandbox")
     method: str | None = Field(None, description="row of methods.yaml that fills `objective` (unmask methods)")
     objective: ObjectiveSection = Field(description="the objective; wins over the method's row")
+    planner: PlannerSection | None = Field(None, description="the unmasking policy that is trained; null: none")
     optim: OptimSection = Field(description="optimizer")
     evaluation: EvaluationSection = Field(
         default_factory=lambda: EvaluationSection.model_validate({}), description="held-out evaluation"

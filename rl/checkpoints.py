@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from ..rollouts.sampler import Sampler
 from .distributed import barrier, rank, world_size
 from .plan import Plan
+from .planning import StepPlan
 from .runfolder import write_json
 from .sharding import load_sharded, save_moments
 from .tensorfiles import trajectory_of, trajectory_tensors
@@ -104,14 +105,14 @@ def plan_path(folder: Path, rank: int, inner: int = 0) -> Path:
     return folder / (f"plan-{rank}-{inner}.safetensors" if inner else f"plan-{rank}.safetensors")
 
 
-def save_plan(path: Path, plan: Plan) -> None:
+def save_plan(path: Path, plan: Plan | StepPlan) -> None:
     """Write a rank's plan with its trajectory."""
     tensors = {f"plan.{name}": value.contiguous() for name, value in plan.tensors().items()}
-    recorded, constants = trajectory_tensors(plan.views.trajectory)
+    recorded, constants = trajectory_tensors(plan.trajectory)
     save_file(tensors | recorded, path, metadata={"constants": json.dumps(constants)})
 
 
-def load_plan(path: Path, sampler: Sampler, device: torch.device | str = "cpu") -> Plan | None:
+def load_plan(path: Path, sampler: Sampler, device: torch.device | str = "cpu") -> Plan | StepPlan | None:
     """Return the plan that `save_plan` wrote, or None when there is no such file; CheckpointReadError if damaged."""
     if not path.is_file():
         return None
@@ -120,7 +121,8 @@ def load_plan(path: Path, sampler: Sampler, device: torch.device | str = "cpu") 
             constants: dict[str, Any] = json.loads(file.metadata()["constants"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         planned = {key.removeprefix("plan."): value for key, value in tensors.items() if key.startswith("plan.")}
-        return Plan.from_tensors(trajectory_of(tensors, constants), sampler, planned)
+        kind: type[Plan] | type[StepPlan] = Plan if "weight_K" in planned else StepPlan
+        return kind.from_tensors(trajectory_of(tensors, constants), sampler, planned)
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointReadError(f"{path}: damaged ({error}); resume from an earlier checkpoint.") from error
 
@@ -209,7 +211,7 @@ class PlanKeeper(TrainerCallback):
                 _remove(path for path in complete_checkpoints(checkpoint.parent) if _step(path) > state.global_step)
         self.trainer.begun = True
 
-    def _plans_in_flight(self, checkpoint: Path, ranks: int) -> list[Plan]:
+    def _plans_in_flight(self, checkpoint: Path, ranks: int) -> list[Plan | StepPlan]:
         """Return this rank's plans; CheckpointReadError when the batch was shared among another number of ranks."""
         if ranks != world_size():
             raise CheckpointReadError(

@@ -12,11 +12,6 @@ from .cli_arguments import JsonFile, TargetArguments, check_output, one_target, 
 bench = typer.Typer(help="Measure parts side by side.", rich_markup_mode=None)
 
 
-@bench.callback()
-def _group() -> None:
-    """Hold the benchmarks."""
-
-
 @bench.command()
 def rollout(
     arguments: TargetArguments,
@@ -75,6 +70,48 @@ def estimators(
     )
     Console().print(bench_module.summary_table(found))
     typer.echo(f"the ELBO lies {found['elbo_gap']:.3f} nats below log p; ±: standard error over {replicates} draws")
+    if plot is not None:
+        bench_module.plot(found, plot)
+        typer.echo(f"wrote {plot}")
+    write_result(json_file, found)
+
+
+@bench.command()
+def policies(
+    arguments: TargetArguments,
+    planner: Annotated[
+        list[str] | None, typer.Option(help="A trained planner's folder or run; may be repeated.")
+    ] = None,
+    block: Annotated[list[int] | None, typer.Option(help="Block length [default: 8, 16, 32, no blocks].")] = None,
+    level: Annotated[list[float] | None, typer.Option(help="Threshold [default: 0.5, 0.7, 0.9].")] = None,
+    alpha: Annotated[list[float] | None, typer.Option(help="Trade-off that planners are told.")] = None,
+    planner_block: Annotated[list[int] | None, typer.Option(help="Block length of planners [default: none].")] = None,
+    temperature: Annotated[float, typer.Option(help="What planners' logits are divided by.")] = 0.5,
+    only_planners: Annotated[bool, typer.Option("--only-planners", help="Leave the heuristics out.")] = False,
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 256,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw exact rate against NFE.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare unmasking policies: accuracy against NFE of thresholds, counts, budgets, random orders and planners.
+
+    Every heuristic is tried in every block length; the best constant at each trade-off is marked.
+    """
+    target, overrides = one_target(arguments, "run, model or recipe")
+    for path in (json_file, plot):
+        check_output(path)
+    from . import bench_policies as bench_module
+    from .targets import open_target
+
+    canvas = open_target(target, overrides)[0].rollout.canvas
+    sizes = [size for size in (8, 16, 32) if canvas % size == 0 and size < canvas] + [canvas]
+    lists = {"levels": level, "alphas": alpha, "planners": planner, "planner_blocks": planner_block}
+    chosen = {name: tuple(values) for name, values in lists.items() if values}
+    blocks = () if only_planners else tuple(block or sizes)
+    grid = bench_module.Grid(blocks, temperature=temperature, **chosen)  # type: ignore[arg-type]
+    typer.echo(bench_module.HEADER)
+    found = bench_module.bench_policies(target, grid, problems=problems, overrides=overrides, progress=typer.echo)
+    for line in bench_module.best_lines(found):
+        typer.echo(line)
     if plot is not None:
         bench_module.plot(found, plot)
         typer.echo(f"wrote {plot}")

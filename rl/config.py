@@ -112,12 +112,17 @@ class UnmaskConfig(TrainingArguments):
                 raise RecipeError(f"UnmaskConfig.{name}: {getattr(self, name)} must be at least 1.")
         if self.sharding not in ("none", "fsdp"):
             raise RecipeError(f"UnmaskConfig.sharding: '{self.sharding}' is neither none nor fsdp.")
-        if self.temperature <= 0:
-            raise RecipeError(f"UnmaskConfig.temperature: {self.temperature} must be above 0; argmax has no gradient.")
+        if self.temperature < 0:
+            raise RecipeError(f"UnmaskConfig.temperature: {self.temperature} must be at least 0.")
         self.remove_unused_columns = False
         self.dataloader_pin_memory = False
         self.ignore_data_skip = False
         super().__post_init__()
+
+    @property
+    def evaluation_temperature(self) -> float:
+        """The temperature of evaluation."""
+        return self.temperature if self.eval_temperature is None else self.eval_temperature
 
     @classmethod
     def from_grpo(cls, config: Any, **overrides: Any) -> UnmaskConfig:

@@ -22,14 +22,15 @@ def by_step(advantage: Callable[..., Tensor]) -> bool:
 
 
 def credited(
-    worker: RolloutWorker, batch: RolloutBatch, advantage: Callable[..., Tensor]
+    worker: RolloutWorker, batch: RolloutBatch, advantage: Callable[..., Tensor], reward_B: Tensor | None = None
 ) -> tuple[RolloutBatch, Credit]:
     """Return the batch with its advantages, and the credit that the objective reads.
 
-    Where steps are told apart `advantage_B` is the mean over a rollout's steps, which only records read.
+    `reward_B` are the rewards that a group compares (default: the batch's totals). Where steps are told apart
+    `advantage_B` is the mean over a rollout's steps, which only records read.
     """
     if not by_step(advantage):
-        advantage_B = advantage(batch.rewards.total_B, batch.group_B)
+        advantage_B = advantage(batch.rewards.total_B if reward_B is None else reward_B, batch.group_B)
         return batch.with_advantage(advantage_B), Credit(advantage_B)
     started = time.perf_counter()
     reward_BS, metrics = step_rewards(worker, batch)

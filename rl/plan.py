@@ -44,6 +44,11 @@ class Plan:
         """What each scored token counts in the divergence."""
         return self.weight_K if self.divergence_K is None else self.divergence_K
 
+    @property
+    def trajectory(self) -> Trajectory:
+        """The rollouts."""
+        return self.views.trajectory
+
     def part(self, start: int, stop: int) -> Plan:
         """Return the plan of the views `start` to `stop`."""
         index_A = self.action_index(start, stop)

@@ -27,7 +27,7 @@ from .run import free_folder, save_policy
 from .runfolder import manifest, no_empty_folder, run_folder, write_atomically, write_json
 from .settings import cpu_backend, device_of
 from .targets import load_policy
-from .trainer import prepare
+from .trainer_inputs import prepare
 
 
 class PreferenceTrainer(Trainer):

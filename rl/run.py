@@ -33,6 +33,7 @@ from .evaluate import Evaluation, heldout_rows
 from .evaluate import evaluate as evaluate_rows
 from .manifests import run_manifest
 from .objective import build_objective
+from .planning_setup import build_planning, planner_notes
 from .runfolder import RunError, no_empty_folder, run_folder, write_atomically, write_json
 from .settings import cpu_backend, device_of, rewards_of, scoring_of
 from .sharding import gathered, save_trained
@@ -73,7 +74,10 @@ def train(recipe: Recipe, *, nproc: int = 1, resume: Path | None = None) -> dict
         closing = ClosingEvaluation()
         trainer.add_callback(closing)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        save_policy(trainer.denoiser, folder)
+        if trainer.planning is None:
+            save_policy(trainer.denoiser, folder)
+        elif rank() == 0:
+            trainer.planning.save(folder / "planner", **planner_notes(recipe))
         after = _plain(closing.metrics) if closing.metrics else _evaluated(trainer)
         summary = {
             "run": folder.name,
@@ -128,6 +132,7 @@ def build_trainer(recipe: Recipe, folder: Path) -> UnmaskTrainer:
         advantage=SLOTS["advantage"].build(recipe.objective.advantage),
         start=SLOTS["canvas"].build(recipe.rollout.start, "rollout.start"),
         exploration=build_exploration(recipe.exploration.model_dump()),
+        planning=build_planning(recipe, denoiser),
         optim={"name": recipe.optim.optimizer, "matrix_lr": recipe.optim.matrix_lr, "betas": tuple(recipe.optim.betas)},
     )
 

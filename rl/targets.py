@@ -20,6 +20,7 @@ from ..rewards import Scorer
 from ..rollouts.sampler import build_sampler
 from ..rollouts.worker import RolloutWorker
 from .checkpoints import MARKER, checkpoint_to_resume, complete_checkpoints
+from .planning_setup import with_planner
 from .runfolder import RunError, run_folder
 from .settings import device_of, quiet_peft, scoring_of
 
@@ -69,7 +70,11 @@ def open_target(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Den
     """Return the recipe and the denoiser (adapter on) of a run, one of its checkpoints, a recipe or a model."""
     found = target_of(target)
     recipe = target_recipe(found, overrides)
-    return recipe, load_policy(recipe) if found.run is None else _trained(recipe, found.run, found.checkpoint)
+    if found.run is None:
+        return recipe, load_policy(recipe)
+    if recipe.planner is not None:
+        return with_planner(recipe, found.run), load_policy(recipe)
+    return recipe, _trained(recipe, found.run, found.checkpoint)
 
 
 def open_base(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Denoiser]:

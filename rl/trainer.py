@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from ..policies.adapters import attach_adapter
 from ..policies.denoiser import Denoiser
-from ..policies.loading import load_denoiser
 from ..policies.reference import build_reference
-from ..recipes.registry import RecipeError
-from ..recipes.tasks import Row, Rows, Stored
-from ..rewards import Reward, Scorer, ScoringConfig, build_rewards, check_columns
+from ..recipes.tasks import Row, Rows
+from ..rewards import Scorer, ScoringConfig, check_columns
 from ..rollouts.canvases import Start
 from ..rollouts.noise import generator
 from ..rollouts.sampler import Sampler
@@ -33,18 +28,19 @@ from .collecting import Collector, Exploration
 from .config import UnmaskConfig
 from .credit import Credit
 from .crediting import by_step, credited
-from .defaults import default_objective, default_sampler, trainable
-from .distributed import gather_objects, rank, reduce_gradients, world_size
-from .evaluate import evaluate, heldout_rows
+from .defaults import default_objective, default_sampler
+from .distributed import gather_objects, rank, reduce_gradients
+from .evaluate import evaluate
 from .finite import require_finite_gradient
 from .losses import mark_of
 from .mismatch import mismatch_by_step
 from .objective import Objective
 from .optimizers import build_optimizer
 from .plan import Plan
+from .planning import Planning, StepPlan, rewards_compared, samplers_of
 from .progress import Progress
 from .records import Records, batch_metrics, merge_metrics, write_rollouts
-from .settings import peak_memory_gb, quiet_peft
+from .settings import peak_memory_gb
 from .sharding import (
     gathered,
     leave_out_moments,
@@ -54,6 +50,7 @@ from .sharding import (
     shard_for_training,
     whole,
 )
+from .trainer_inputs import as_rows, check_group, check_shares, heldout_of, prepare, rewards_of, steps_of
 
 
 class UnmaskTrainer(Trainer):
@@ -63,8 +60,8 @@ class UnmaskTrainer(Trainer):
     Rewards; datasets are sequences of rows with a `prompt` (or task Rows). A `peft_config` without target modules
     adapts the family's linear layers. `sampler` (at the temperature of `args`), `objective` and `advantage` default to
     blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean; `start` is a canvas part (default: masks), and
-    `exploration` what is done for groups that fail or tell nothing (default: nothing).
-    One `training_step` is one step.
+    `exploration` what is done for groups that fail or tell nothing (default: nothing). One `training_step` is one step.
+    With `planning` the planner is `learned`, that is optimised and checkpointed.
     """
 
     args: UnmaskConfig
@@ -88,18 +85,21 @@ class UnmaskTrainer(Trainer):
         scoring: ScoringConfig | None = None,
         start: Callable[..., Start] | None = None,
         exploration: Exploration | None = None,
+        planning: Planning | None = None,
     ) -> None:
         self.denoiser = denoiser = prepare(model, peft_config, args.seed)
         scoring = scoring or ScoringConfig()
-        self.rewards = _rewards(reward_funcs, args.reward_weights, scoring.allow_code_execution)
-        self.rows = _as_rows(train_dataset, args.seed, "train_dataset")
+        self.rewards = rewards_of(reward_funcs, args.reward_weights, scoring.allow_code_execution)
+        self.rows = as_rows(train_dataset, args.seed, "train_dataset")
         check_columns(self.rewards, self.rows.row(0))
-        self.eval_rows = None if eval_dataset is None else _heldout(eval_dataset, args)
-        args.max_steps = _steps(args, self.rows)
-        _check_group(args.num_generations, advantage)
-        sampler = sampler or default_sampler(args)
-        self.sampler = trainable(replace(sampler, temperature=args.temperature))
-        self.objective: Objective = objective or default_objective(args, self.sampler)
+        self.eval_rows = None if eval_dataset is None else heldout_of(eval_dataset, args)
+        args.max_steps = steps_of(args, self.rows)
+        check_group(args.num_generations, advantage)
+        sampler = replace(sampler or default_sampler(args), temperature=args.temperature)
+        tested = replace(eval_sampler or sampler, temperature=args.evaluation_temperature)
+        self.planning, (self.sampler, tested) = planning, samplers_of(planning, sampler, tested)
+        self.objective: Objective | Planning = planning or objective or default_objective(args, self.sampler)
+        self.learned: Any = denoiser.model if planning is None else planning.learner
         self.advantage, self.optim = advantage, optim or {}
         self.worker = RolloutWorker(
             denoiser=denoiser,
@@ -116,16 +116,14 @@ class UnmaskTrainer(Trainer):
         )
         exploration = exploration or Exploration()
         self.collector = Collector(self.worker, self.rows, prompts=args.num_prompts, exploration=exploration)
-        eval_temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
-        evaluated = replace(eval_sampler or sampler, temperature=eval_temperature)
-        self.eval_worker = replace(self.worker, sampler=evaluated, drafts=False)
+        self.eval_worker = replace(self.worker, sampler=tested, drafts=False)
         self.folder = Path(str(args.output_dir))
         # The plans in flight, one or one an inner step; the checkpoint that `train` resumes from; whether it was read.
-        self.plans: list[Plan] = []
+        self.plans: list[Plan | StepPlan] = []
         self.checkpoint: Path | None = None
         self.begun, self._metrics = False, dict[str, Any]()
         super().__init__(
-            model=denoiser.model,
+            model=self.learned,
             args=args,
             train_dataset=range(args.max_steps),  # type: ignore[arg-type]
             eval_dataset=self.eval_rows,  # type: ignore[arg-type]
@@ -136,7 +134,7 @@ class UnmaskTrainer(Trainer):
     def _finish_setup(self, args: UnmaskConfig) -> None:
         """Do what needs the process group and the device, which Trainer's constructor has set up."""
         self.model_accepts_loss_kwargs, self.records = False, Records(self.folder)
-        _check_shares(args)
+        check_shares(args)
         if args.sharding == "fsdp":
             require_shardable(self.denoiser, self.optim.get("name", "adamw"))
         self.reference: Any = build_reference(self.denoiser, args.reference, beta=self.objective.beta)
@@ -164,7 +162,9 @@ class UnmaskTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as peft does, or all weights in the vendor's layout, which `load_denoiser` reads."""
-        if (state := gathered(self.denoiser)) is not None:
+        if self.planning is not None and not _internal_call:
+            self.planning.save(output_dir or self.folder)
+        elif (state := gathered(self.denoiser)) is not None:
             if self.args.should_save:
                 save = save_for_resuming if _internal_call else save_trained
                 save(self.denoiser, Path(output_dir or self.folder), state)
@@ -186,7 +186,7 @@ class UnmaskTrainer(Trainer):
                 shard_for_training(self.accelerator, self.denoiser, self.reference)
             defaults: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
             defaults["betas"] = (args.adam_beta1, args.adam_beta2)
-            self.optimizer = build_optimizer(self.denoiser.model.named_parameters(), **(defaults | self.optim))
+            self.optimizer = build_optimizer(self.learned.named_parameters(), **(defaults | self.optim))
             if self.denoiser.root is not None:
                 leave_out_moments(self.optimizer)
         return self.optimizer
@@ -195,16 +195,18 @@ class UnmaskTrainer(Trainer):
         """Collect rollouts when the last plans are used up, and add one update's gradient; returns its loss."""
         step = int(inputs["step"])
         started = time.perf_counter()
-        inner = step % self.args.num_iterations
+        number, inner = divmod(step, self.args.num_iterations)
         if not self.plans or inner == 0:
-            batch, credit = credited(self.worker, self._collect(step), self.advantage)
+            batch = self._collect(step)
+            reward_B = rewards_compared(self.planning, batch, number)
+            batch, credit = credited(self.worker, batch, self.advantage, reward_B)
             self._report(batch, step)
             self.plans = self._make_plans(batch, credit, step)
         planned = time.perf_counter()
         model.train()
-        statistics = self.objective.backward(self.denoiser, self.plans[inner % len(self.plans)])
-        reduce_gradients(self.denoiser.model.parameters(), average=False)
-        require_finite_gradient(self.denoiser.model.parameters(), step)
+        statistics = self.objective.backward(self.denoiser, self.plans[inner % len(self.plans)])  # type: ignore[arg-type]
+        reduce_gradients(self.learned.parameters(), average=False)
+        require_finite_gradient(self.learned.parameters(), step)
         self._metrics |= {f"train/{name}": value for name, value in statistics.items() if name != "loss"}
         self._metrics["time/update_s"] = time.perf_counter() - planned
         self._metrics["time/step_s"] = time.perf_counter() - started
@@ -217,11 +219,11 @@ class UnmaskTrainer(Trainer):
         with whole(self.denoiser):
             return self.collector.collect(step // self.args.num_iterations)
 
-    def _make_plans(self, batch: RolloutBatch, credit: Credit, step: int) -> list[Plan]:
+    def _make_plans(self, batch: RolloutBatch, credit: Credit, step: int) -> list[Plan | StepPlan]:
         """Return the plan of a batch that every inner step reuses, or one for each where canvases are drawn anew."""
         device, inner_steps = self.denoiser.device, self.args.num_iterations
         trajectory, credit = batch.trajectory.to(device), credit.to(device)
-        plans = [
+        plans: list[Plan | StepPlan] = [
             self.objective.plan(
                 self.denoiser,
                 self.reference,
@@ -233,7 +235,8 @@ class UnmaskTrainer(Trainer):
             )
             for inner in range(inner_steps if self.objective.redraw else 1)
         ]
-        self._metrics |= mismatch_by_step(plans[0], self.sampler, self.objective.old)
+        if isinstance(plans[0], Plan):
+            self._metrics |= mismatch_by_step(plans[0], self.sampler, self.objective.old)
         return plans
 
     def _report(self, batch: RolloutBatch, step: int) -> None:
@@ -249,7 +252,7 @@ class UnmaskTrainer(Trainer):
         """Return and log the held-out exact rate, its standard error, reward, NFE and tokens a second."""
         rows = self.eval_rows
         if eval_dataset is not None:
-            rows = _heldout(eval_dataset, self.args)
+            rows = heldout_of(eval_dataset, self.args)
         with whole(self.denoiser):
             result = evaluate(self.eval_worker, rows or [])
         logged, metrics = result.metrics(metric_key_prefix)
@@ -266,74 +269,6 @@ class UnmaskTrainer(Trainer):
             self.records.write(self.state.global_step, {k: v for k, v in logs.items() if k != "epoch"})
         # Trackers take numbers alone.
         super().log({k: v for k, v in logs.items() if not isinstance(v, list)}, start_time)
-
-
-def prepare(model: Denoiser | str | Path, peft_config: Any, seed: int) -> Denoiser:
-    """Return the denoiser to train: loaded if it is a path, with a new adapter if there is a peft config."""
-    if not isinstance(model, str | Path) and not hasattr(model, "logits"):
-        raise RecipeError(f"model: {type(model).__name__} is no denoiser; pass load_denoiser(PATH), or the path.")
-    denoiser = load_denoiser(str(model)) if isinstance(model, str | Path) else model
-    if peft_config is None:
-        return denoiser
-    if peft_config.target_modules is None:
-        peft_config = replace(peft_config, target_modules=list(denoiser.family.lora_targets))
-    with quiet_peft():
-        return attach_adapter(denoiser, peft_config, seed=seed)
-
-
-def _check_shares(args: UnmaskConfig) -> None:
-    """Raise RecipeError when the processes would not have equally many prompts."""
-    if args.num_prompts % world_size():
-        raise RecipeError(
-            f"num_prompts: {args.num_prompts} prompts cannot be shared evenly by {world_size()} processes (a group "
-            f"stays on one); use a multiple of {world_size()}."
-        )
-
-
-def _rewards(functions: Any, weights: list[float] | None, allow_code: bool) -> list[Reward]:
-    entries = list(functions) if isinstance(functions, list | tuple) else [functions]
-    rewards = build_rewards(entries, allow_code_execution=allow_code)
-    if weights is None:
-        return rewards
-    if len(weights) != len(rewards):
-        raise RecipeError(f"reward_weights: {len(weights)} weights for {len(rewards)} rewards; give one each.")
-    return [replace(reward, weight=weight) for reward, weight in zip(rewards, weights, strict=True)]
-
-
-def _as_rows(dataset: Any, seed: int, name: str) -> Rows:
-    """Return a dataset as Rows; RecipeError when it has no length, no rows, or rows without a prompt."""
-    if hasattr(dataset, "row") and hasattr(dataset, "size"):
-        return dataset
-    if isinstance(dataset, str | Mapping) or not hasattr(dataset, "__len__"):
-        kind = type(dataset).__name__
-        raise RecipeError(f"{name}: {kind} is no sequence of rows; pass a datasets.Dataset or a list.")
-    rows = [dict(row) for row in dataset]
-    if not rows:
-        raise RecipeError(f"{name}: the dataset is empty; it needs at least one row with a column 'prompt'.")
-    if "prompt" not in rows[0]:
-        raise RecipeError(f"{name}: rows need a column 'prompt'; there are {', '.join(sorted(rows[0]))}; rename one.")
-    return Stored(rows, "train" if name == "train_dataset" else "heldout", seed)
-
-
-def _heldout(dataset: Any, args: UnmaskConfig) -> list[Row]:
-    return heldout_rows(_as_rows(dataset, args.seed, "eval_dataset"), args.eval_problems)
-
-
-def _steps(args: UnmaskConfig, rows: Rows) -> int:
-    """Return the number of optimizer steps: `max_steps`, or what `num_train_epochs` over a stored dataset makes."""
-    if args.max_steps > 0:
-        return args.max_steps
-    if rows.size is None:
-        raise RecipeError(f"max_steps: {args.max_steps}, but the task has rows without end; set the number of steps.")
-    return math.ceil(args.num_train_epochs * rows.size / args.num_prompts) * args.num_iterations
-
-
-def _check_group(group: int, advantage: Any) -> None:
-    function = advantage.func if isinstance(advantage, partial) else advantage
-    if group == 1 and function in advantages.COMPARING:
-        raise RecipeError(
-            f"num_generations: 1 rollout has no group for advantage '{function.__name__}' to compare; use 2 or more."
-        )
 
 
 def _step_number(items: list[int]) -> dict[str, int]:

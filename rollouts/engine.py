@@ -15,6 +15,7 @@ from .columns import Cached
 from .drafts import drafts_by_step, note_draft
 from .forward import Forward, LogitSource, Rows, shared_rows
 from .measures import Statistics, measure_rows
+from .planned import note_plan
 from .ranking import rank
 from .revisions import commit
 from .sampler import Sampler
@@ -225,8 +226,9 @@ class _Run:
         scored = Scored(score_AL, chosen_AL, rank_AL, window_AL)
         if sampler.exact_choice:
             choice_A = rollout_choice(sampler, rows, flat_K, scored, state, self.banned)
-            choice_B = choice_A.new_zeros(len(self.record.tokens_BL))
-            self.record.choice_logprobs.append(choice_B.index_copy(0, self.alive_A, choice_A))
+            self.record.note(self.alive_A, "choice_logprobs", choice_A)
+        elif sampler.plans:
+            note_plan(self.record, state, scored, self.alive_A, live_A & ~last_A, sampler.keeps_features)
         self.memory = commit(self.record, sampler, state, scored, self.alive_A, live_A & ~last_A)
         self.record.steps_B[self.alive_A] = state.step_A + live_A
 
@@ -283,11 +285,12 @@ def _trajectory(run: _Run) -> Trajectory:
         mask_token_id=family.mask_token_id,
         eos_token_ids=tuple(family.eos_token_ids),
         banned_token_ids=run.banned,
-        choice_logprob_BS=record.choices() if sampler.exact_choice else None,
+        choice_logprob_BS=record.by_step("choice_logprobs") if sampler.exact_choice or sampler.plans else None,
         retracted=record.lifetimes() if sampler.revises else None,
         length_BS=record.lengths_by_step() if resizes else None,
         appeared_BL=record.appeared_BL if resizes else None,
         offset_B=None if family.attention == "full" else run.offset_B,
+        **record.seen(),
         **drafts_by_step(record),
     )
 
@@ -299,6 +302,8 @@ def asked_positions(reach: str, state: State, live_A: Tensor) -> Tensor:
         return state.window_AL
     if reach == "everywhere":
         return state.exists_AL & ~state.given_AL & live_A[:, None]
+    if reach == "open":
+        return state.masked_AL & live_A[:, None]
     asked_AL = state.stood_AL & live_A[:, None]
     if reach == "region" and state.quota.region_BL is not None:
         asked_AL &= state.quota.region_BL

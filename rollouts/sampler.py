@@ -14,6 +14,7 @@ from . import (  # noqa: F401 (importing registers the parts)
     caches,
     lengths,
     paces,
+    planned,
     remasking,
     rules,
     schedules,
@@ -26,7 +27,7 @@ from .lengths import Resize
 from .measures import Request
 from .schedules import Quota
 from .state import State
-from .traits import STATUSES, Traits, bare, knob_of, knobs_of, traits_of, wants
+from .traits import STATUSES, Traits, bare, knob_of, knobs_of, reach_of, traits_of, wants
 
 EOS_RULES = ("stop", "none")
 LINGERING = "lingering"  # where an editing keeps the region of the last step
@@ -41,7 +42,8 @@ class Sampler:
     and `top_k` filter the draw. `eos_rule`: `stop` ends a row once an EOS is committed with everything left of it
     decided, `none` fills the canvas. `suppress_eos` forbids EOS altogether. `guidance` is that of `Forward`. At step
     `max_steps` all that is left is committed (default: four steps a position). `exact` records the log-probability of
-    the positions where drawn tokens or a random order decide them.
+    the positions where drawn tokens or a random order decide them. `keeps_features` records what a planner saw, from
+    which it is trained.
     """
 
     schedule: Callable[..., Quota]
@@ -61,6 +63,7 @@ class Sampler:
     suppress_eos: bool = False
     exact: bool = True
     max_steps: int | None = None
+    keeps_features: bool = False
 
     @property
     def parts(self) -> tuple[Callable[..., Any], ...]:
@@ -84,6 +87,11 @@ class Sampler:
         return self.draws_first or hasattr(bare(self.selection), "order_logprob")
 
     @property
+    def plans(self) -> bool:
+        """Whether a planner draws the positions; their log-probability is recorded, and is the planner's alone."""
+        return traits_of(self.selection).plans
+
+    @property
     def revises(self) -> bool:
         """Whether a decided token may be taken back or replaced."""
         return self.remasking is not None or self.editing is not None
@@ -95,11 +103,8 @@ class Sampler:
 
     @property
     def reach(self) -> str:
-        """Where statistics are wanted: in the `window`, also at tokens of its `region` or `canvas`, or `everywhere`."""
-        if any(traits.everywhere for traits in self.traits):
-            return "everywhere"
-        looking = [traits for traits in self.traits if traits.canvas]
-        return "window" if not looking else "region" if all(traits.local for traits in looking) else "canvas"
+        """Where statistics are wanted; see `traits.reach_of`."""
+        return reach_of(self.traits)
 
     @property
     def shadow(self) -> bool:
@@ -136,15 +141,10 @@ class Sampler:
     @property
     def status(self) -> str:
         """What the recorded log-probability is: one of `STATUSES` (samplers.md section 1.7)."""
-        found = [traits_of(part).status for part in self.parts]
-        if self.refusal:
-            found.append("none")
-        if self.mismatch or (self.chooses_at_random and not self.exact):
-            found.append("behaviour only")
-        if self.chooses_at_random and any(traits.drops for traits in self.traits):
-            # What is drawn and dropped decides what stays: no closed form.
-            found.append("behaviour only")
-        return max(found, key=STATUSES.index)
+        found = [traits.status for traits in self.traits] + ["none"] * bool(self.refusal)
+        # What is drawn and dropped decides what stays: no closed form.
+        unscored = self.chooses_at_random and (not self.exact or any(traits.drops for traits in self.traits))
+        return max(found + ["behaviour only"] * bool(self.mismatch or unscored), key=STATUSES.index)
 
     def quota(self, state: State) -> Quota:
         """Return the schedule's quota, kept to masked positions and, where a row has any, never empty."""
@@ -167,10 +167,10 @@ class Sampler:
         return rule(memory, masked_AL, **knobs_of(self.editing))
 
     def waits(self, state: State) -> Tensor:
-        """Return the rows that commit nothing because the length part wants to see a longer canvas first."""
+        """Return the rows that commit nothing: a planner said so, or the length part wants a longer canvas first."""
         rule = getattr(bare(self.length), "waits", None)
         if rule is None:
-            return torch.zeros_like(state.step_A, dtype=torch.bool)
+            return planned.empty_plans(state)
         return rule(state, **knobs_of(self.length)) & ~state.exists_AL.all(dim=1)
 
     def scores(self, state: State) -> Tensor:
@@ -303,6 +303,10 @@ def _check_parts(sampler: Sampler) -> None:
         raise RecipeError("sampler.length: a canvas that changes its length takes no tokens back; drop one of the two.")
     if sampler.length is not None and sampler.cache is not None:
         raise RecipeError("sampler.cache: no cache follows a canvas that changes its length; drop one of the two.")
+    if sampler.length is not None and any(traits.open for traits in sampler.traits):
+        raise RecipeError("sampler.length: a planner follows no canvas that changes its length; drop one of the two.")
+    if sampler.plans and bare(sampler.score) is not planned.planner:
+        raise RecipeError("sampler.selection: 'planned' draws what a planner decides; use score planner with it.")
     if sampler.shadow and sampler.cache is not None:
         raise RecipeError("sampler.cache: no cache has the shadow columns of remasking 'verify'; drop one of the two.")
     if sampler.draws_first and not hasattr(bare(sampler.selection), "bar") and sampler.exact:

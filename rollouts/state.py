@@ -13,6 +13,7 @@ from .noise import uniform
 from .trajectory import EDITED, GIVEN, NEVER, PAD, SAMPLED, Lifetimes
 
 if TYPE_CHECKING:
+    from .planned import Planned
     from .schedules import Quota
 
 
@@ -25,9 +26,9 @@ class State:
     may be. `step_A` counts denoiser calls from 0, `open_A` is the number of positions that were
     open at the start, `offset_A` the tokens of the prompt that share a block with the canvas's first. `born_AL` is the
     step that committed a token (-1: none, or given), `committed_AL` the score it was committed with (NaN: none).
-    `group_A` numbers the groups of rollouts from 0. `window_AL`, `quota`, `statistics` and `chosen_AL` are those of the
-    step and None before they are known. `memory` keeps what a part wants to find again at the next step: tensors whose
-    first dimension is A.
+    `group_A` numbers the groups of rollouts from 0. `window_AL`, `quota`, `statistics`, `planned` and `chosen_AL` are
+    those of the step and None before they are known. `memory` keeps what a part wants to find again at the next step:
+    tensors whose first dimension is A.
     """
 
     canvas_AL: Tensor
@@ -49,6 +50,7 @@ class State:
     window_AL: Tensor | None = None
     quota: Quota | None = None
     statistics: Statistics | None = None
+    planned: Planned | None = None
     chosen_AL: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
 
@@ -107,6 +109,8 @@ class Record:
     longest_B: Tensor
     appeared_BL: Tensor
     choice_logprobs: list[Tensor] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+    candidates: list[Tensor] = field(default_factory=list)
     retracted: list[tuple[Tensor, ...]] = field(default_factory=list)
     settled: list[tuple[Tensor, ...]] = field(default_factory=list)
     lengths: list[Tensor] = field(default_factory=list)
@@ -232,8 +236,17 @@ class Record:
         """Return the lengths that the canvases had at each step, and at the end `[B, S + 1]`."""
         return torch.stack([*self.lengths, self.length_B], dim=1)
 
-    def choices(self) -> Tensor:
-        """Return the log-probabilities of the choices `[B, S]`."""
-        if not self.choice_logprobs:
-            return self.logprob_BL[:, :0]
-        return torch.stack(self.choice_logprobs, dim=1)
+    def by_step(self, name: str) -> Tensor:
+        """Return one of the lists of steps as a table `[B, S, ...]`."""
+        steps = getattr(self, name)
+        return torch.stack(steps, dim=1) if steps else self.logprob_BL[:, :0]
+
+    def seen(self) -> dict[str, Tensor]:
+        """Return what a planner saw and could choose from, where it was kept."""
+        names = {"features_BSLF": "features", "candidate_BSL": "candidates"} if self.features else {}
+        return {field: self.by_step(name) for field, name in names.items()}
+
+    def note(self, alive_A: Tensor, name: str, value_A: Tensor) -> None:
+        """Add a step's table of the rows `alive_A` to one of the lists, 0 in the others."""
+        empty_B = value_A.new_zeros(len(self.tokens_BL), *value_A.shape[1:])
+        getattr(self, name).append(empty_B.index_copy(0, alive_A, value_A))

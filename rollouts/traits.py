@@ -19,10 +19,12 @@ class Traits:
 
     `needs`: optional fields of Statistics; `status`: one of STATUSES; `learns`: why it is not exact, for the user.
     `canvas`: statistics of decided tokens are wanted too, with `local` those of the schedule's region alone; `shadow`:
-    they are those of a column that does not see the token (`rollouts.shadow`). `everywhere`: statistics of every
-    position that exists. `whole`: a transform that looks at all logits of a step before it changes any; `group`:
-    rollouts of a group are not independent. `drops`: a remasking that discards what was drawn in the same step.
-    `history`: decides with noise or memory that only the rollout has, so that a trainer cannot rebuild it.
+    they are those of a column that does not see the token (`rollouts.shadow`). `open`: statistics of every mask, also
+    outside the window; `everywhere`: of every position that exists. `plans`: a selection that draws from a planner's
+    distribution, which is recorded as an action of its own. `whole`: a transform that looks at all logits of a step
+    before it changes any; `group`: rollouts of a group are not independent. `drops`: a remasking that discards what was
+    drawn in the same step. `history`: decides with noise or memory that only the rollout has, so that a trainer cannot
+    rebuild it.
     """
 
     needs: frozenset[str] = frozenset()
@@ -31,7 +33,9 @@ class Traits:
     canvas: bool = False
     local: bool = False
     shadow: bool = False
+    open: bool = False
     everywhere: bool = False
+    plans: bool = False
     whole: bool = False
     group: bool = False
     drops: bool = False
@@ -75,3 +79,17 @@ def traits_of(part: Any) -> Traits:
 def wants(part: Any, name: str) -> bool:
     """Return whether a part has a parameter `name`, which the engine then gives it."""
     return name in inspect.signature(bare(part)).parameters
+
+
+def reach_of(found: tuple[Traits, ...]) -> str:
+    """Return where a sampler whose parts have these traits wants statistics.
+
+    In the `window`, at all `open` positions, also at tokens of its `region` or `canvas`, or `everywhere`.
+    """
+    looking = [traits for traits in found if traits.canvas]
+    open_too = any(traits.open for traits in found)
+    if any(traits.everywhere for traits in found) or (open_too and looking):
+        return "everywhere"
+    if open_too:
+        return "open"
+    return "window" if not looking else "region" if all(traits.local for traits in looking) else "canvas"

@@ -11,6 +11,8 @@ from torch import Tensor
 
 PAD, SAMPLED, GIVEN, EDITED, HINT = 0, 1, 2, 3, 4
 NEVER = -1
+BY_STEP = ("choice_logprob_BS", "length_BS", "features_BSLF", "candidate_BSL")
+BY_STEP += ("draft_BSL", "draft_logprob_BSL", "draft_window_BSL")
 
 
 class Lifetimes(NamedTuple):
@@ -83,6 +85,9 @@ class Trajectory:
     Where drafts were asked for (`rollouts.drafts`), `draft_BSL` holds the token (int32) that a step drew at each
     position that was masked before it, the mask id elsewhere, `draft_logprob_BSL` its log-probability and
     `draft_window_BSL` whether the step could have committed it.
+
+    Where a planner is trained, `features_BSLF` is what it saw at each step (fp16) and `candidate_BSL` what it could
+    choose from, nothing at a step that was not its own: its update calls no denoiser.
     """
 
     prompt_BQ: Tensor
@@ -106,6 +111,8 @@ class Trajectory:
     draft_BSL: Tensor | None = None
     draft_logprob_BSL: Tensor | None = None
     draft_window_BSL: Tensor | None = None
+    features_BSLF: Tensor | None = None
+    candidate_BSL: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens_BL.shape[0]
@@ -219,11 +226,9 @@ class Trajectory:
             values = [getattr(part, name) for part in parts]
             if name.startswith("prompt"):
                 values = [torch.nn.functional.pad(v, (width - v.shape[1], 0)) for v in values]
-            elif name in ("choice_logprob_BS", "length_BS") or name.startswith("draft"):
+            elif name in BY_STEP:
                 steps = max(v.shape[1] for v in values)
-                empty = first.mask_token_id if name == "draft_BSL" else 0
-                sides = [(*[0, 0] * (v.dim() - 2), 0, steps - v.shape[1]) for v in values]
-                values = [torch.nn.functional.pad(v, side, value=empty) for v, side in zip(values, sides, strict=True)]
+                values = [_longer(v, steps, first.mask_token_id if name == "draft_BSL" else 0) for v in values]
             joined[name] = torch.cat(values)
         if first.retracted is not None:
             offset, lists = 0, []
@@ -273,3 +278,9 @@ def _ranges(first_N: Tensor, count_N: Tensor) -> Tensor:
     start_N = count_N.cumsum(0) - count_N
     owner_R = torch.repeat_interleave(count_N)
     return torch.arange(len(owner_R), device=first_N.device) - start_N[owner_R] + first_N[owner_R]
+
+
+def _longer(table_BS: Tensor, steps: int, value: float = 0) -> Tensor:
+    """Return a table of steps with `value` up to `steps` of them."""
+    sides = (0, 0) * (table_BS.ndim - 2) + (0, steps - table_BS.shape[1])
+    return torch.nn.functional.pad(table_BS, sides, value=value)

@@ -19,6 +19,7 @@ from .canvases import Frame, Start
 from .engine import denoise
 from .forward import LogitSource
 from .noise import uniform
+from .planned import check_planner
 from .sampler import Sampler
 from .trajectory import EDITED, GIVEN, HINT, Trajectory
 
@@ -93,6 +94,7 @@ class RolloutWorker:
         check_cache(self.sampler.cache, self.denoiser)
         if self.drafts and self.sampler.length is not None:
             raise RecipeError("sampler.length: drafts need a canvas of one length; drop it, or what asks for drafts.")
+        check_planner(self.sampler, self.denoiser)
 
     def collect(
         self, rows: Sequence[Row], *, step: int, first_id: int = 0, ids: Sequence[int] | None = None

@@ -21,7 +21,7 @@ CANVAS = 16
 ALL = {"name": "trace", "tokens": "all"}
 BLOCKS = {"name": "blocks", "size": 8, "per_step": 2}
 SAMPLERS: dict[str, dict[str, object]] = {
-    **{f"score_{name}": {"schedule": BLOCKS, "score": name} for name in SLOTS["score"]},
+    **{f"score_{name}": {"schedule": BLOCKS, "score": name} for name in SLOTS["score"] if name != "planner"},
     "uniform": {"schedule": {"name": "uniform", "steps": 5}},
     "cosine": {"schedule": {"name": "cosine", "steps": 5}},
     "no_stop": {"schedule": BLOCKS, "eos": {"rule": "none"}},

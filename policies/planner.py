@@ -1,0 +1,181 @@
+"""The unmasking policy: features of a canvas to one distribution over positions, for rollout, loss and evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..recipes.registry import RecipeError, nearest
+from .planner_distributions import FALLBACKS, Bernoulli, Categorical, Count, Distribution, PlackettLuce
+from .planner_networks import Linear, Transformer
+
+logger = logging.getLogger(__name__)
+# In `rollouts.features`, which computes them.
+FEATURES = (
+    "odds",
+    "margin",
+    "entropy",
+    "eos",
+    "persistence",
+    "frontier",
+    "candidate",
+    "masked",
+    "time",
+    "left",
+    "alpha",
+)
+NETWORKS = ("transformer", "linear")
+DISTRIBUTIONS = ("bernoulli", "plackett_luce", "count", "categorical")
+FILE = "planner.safetensors"
+
+
+@dataclass(frozen=True)
+class PlannerSpec:
+    """What a planner is: its features by name, network, distribution and sizes; RecipeError for impossible ones."""
+
+    features: tuple[str, ...] = FEATURES
+    network: Literal["transformer", "linear"] = "transformer"
+    distribution: Literal["bernoulli", "plackett_luce", "count", "categorical"] = "bernoulli"
+    fallback: Literal["sampled", "argmax", "none"] = "sampled"
+    counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    width: int = 128
+    heads: int = 2
+    mlp: int = 512
+    time: Literal["true", "published"] = "true"
+    bias: float = -2.0
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            *(("features", feature, FEATURES) for feature in self.features),
+            ("network", self.network, NETWORKS),
+            ("distribution", self.distribution, DISTRIBUTIONS),
+            ("fallback", self.fallback, FALLBACKS),
+            ("time", self.time, ("true", "published")),
+        ):
+            if value not in allowed:
+                raise RecipeError(f"planner.{name}: unknown '{value}'.{nearest(value, list(allowed))}")
+        if not set(self.features) - {"masked", "time", "left", "alpha"}:
+            raise RecipeError("planner.features: none of them tells positions apart; add odds, for one.")
+        if not self.counts or self.counts[0] != 1 or list(self.counts) != sorted(set(self.counts)):
+            raise RecipeError(f"planner.counts: {list(self.counts)} must begin with 1 and rise.")
+        if self.heads < 1 or self.width % (2 * self.heads):
+            raise RecipeError(f"planner.heads: {self.heads} heads do not divide width {self.width} into even widths.")
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> PlannerSpec:
+        """Return the spec of a recipe's `planner` section or of a file; other keys are not read."""
+        known = {field.name: values[field.name] for field in fields(PlannerSpec) if field.name in values}
+        lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        return PlannerSpec(**(known | lists))
+
+
+@dataclass(frozen=True)
+class Planner:
+    """A network with its spec; `fingerprint` is that of the denoiser it was trained on ("" for none)."""
+
+    spec: PlannerSpec
+    network: torch.nn.Module
+    fingerprint: str = ""
+
+    def distribution(
+        self, feature_BLF: Tensor, candidate_BL: Tensor, *, temperature: float | Tensor = 1.0
+    ) -> Distribution:
+        """Return the distribution over `candidate_BL`; `temperature` (a number, or one a row `[B, 1]`) divides logits.
+
+        Rollout, loss and evaluation all use this one: what is trained is what was sampled.
+        """
+        logit_BL, count_BC = self.network(feature_BLF)
+        return self.of_logits(
+            logit_BL / temperature, candidate_BL, None if count_BC is None else count_BC / temperature
+        )
+
+    def of_logits(self, logit_BL: Tensor, candidate_BL: Tensor, count_BC: Tensor | None = None) -> Distribution:
+        """Return the spec's distribution of given logits."""
+        spec = self.spec
+        if spec.distribution == "bernoulli":
+            return Bernoulli(logit_BL, candidate_BL, spec.fallback)
+        if spec.distribution == "plackett_luce":
+            return PlackettLuce(logit_BL, candidate_BL)
+        if spec.distribution == "categorical":
+            return Categorical(logit_BL, candidate_BL)
+        assert count_BC is not None, "a planner that counts has a head for it"
+        return Count(logit_BL, candidate_BL, count_BC, spec.counts)
+
+    def save(self, directory: str | Path, **notes: Any) -> Path:
+        """Write weights, spec, fingerprint and `notes` as one safetensors file; returns its path."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
+        about = {"spec": asdict(self.spec), "fingerprint": self.fingerprint, "notes": notes}
+        save_file(state, folder / FILE, metadata={"planner": json.dumps(about, sort_keys=True)})
+        return folder / FILE
+
+
+def new_planner(spec: PlannerSpec, *, seed: int = 0, fingerprint: str = "") -> Planner:
+    """Return an untrained planner."""
+    counts = len(spec.counts) if spec.distribution == "count" else 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if spec.network == "linear":
+            network: torch.nn.Module = Linear(spec.features, counts=counts, bias=spec.bias)
+        else:
+            network = Transformer(
+                spec.features,
+                width=spec.width,
+                heads=spec.heads,
+                mlp=spec.mlp,
+                time=spec.time,
+                counts=counts,
+                bias=spec.bias,
+            )
+    return Planner(spec, network, fingerprint)
+
+
+def load_planner(path: str | Path, *, fingerprint: str | None = None) -> Planner:
+    """Return the planner of a file, or of the folder that holds it or a run's `planner`.
+
+    Raises RecipeError when there is none or it is damaged; another `fingerprint` than the one it was trained with is a
+    warning, since a policy of confidences may serve another denoiser.
+    """
+    found = [Path(path), Path(path) / FILE, Path(path) / "planner" / FILE]
+    file = next((candidate for candidate in found if candidate.is_file()), None)
+    if file is None:
+        raise RecipeError(f"planner: '{path}' holds no {FILE}; name a trained planner's folder, or its run's.")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = json.loads(opened.metadata()["planner"])
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        planner = new_planner(PlannerSpec.of(about["spec"]), fingerprint=about["fingerprint"])
+        planner.network.load_state_dict(state)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
+        raise RecipeError(f"planner: '{file}' is damaged ({type(error).__name__}: {error}).") from error
+    planner.network.eval().requires_grad_(False)
+    if fingerprint is not None and planner.fingerprint not in ("", fingerprint):
+        logger.warning(
+            "planner: '%s' was trained with denoiser %s, this one is %s; confidences may mean something else.",
+            file,
+            planner.fingerprint,
+            fingerprint,
+        )
+    return planner
+
+
+def fingerprint_of(denoiser: Any) -> str:
+    """Return 16 hex digits that tell a base model: its family, sizes, and a few entries of its embedding.
+
+    Adapters, dtype and quantisation do not change it.
+    """
+    table = denoiser.base.get_input_embeddings().weight
+    entries = table[: min(64, len(table)), :8].detach().to("cpu", torch.bfloat16).float().tolist()
+    text = json.dumps([denoiser.family.name, list(table.shape), entries])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

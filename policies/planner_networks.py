@@ -1,0 +1,126 @@
+"""Networks of the unmasking policy: features of every position in, one logit a position (and a number a row) out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+# What every position of a row shares, or what says which positions there are: it conditions the block (adaLN).
+CONDITIONS = ("masked", "time", "left", "alpha")
+ROPE_BASE = 10_000.0
+LONGEST_PERIOD = 10_000.0  # steps
+
+
+class Logits(NamedTuple):
+    """`logit_BL` of the positions, and `count_BC` of how many where the planner has a head for it."""
+
+    logit_BL: Tensor
+    count_BC: Tensor | None
+
+
+class Linear(nn.Module):
+    """The baseline: a weighted sum of the features, and of their mean over the canvas for the number."""
+
+    def __init__(self, features: Sequence[str], *, counts: int, bias: float) -> None:
+        super().__init__()
+        self.output = nn.Linear(len(features), 1)
+        self.count = nn.Linear(len(features), counts) if counts else None
+        nn.init.zeros_(self.output.weight)
+        nn.init.constant_(self.output.bias, bias)
+        if self.count is not None:
+            nn.init.zeros_(self.count.weight)
+            nn.init.zeros_(self.count.bias)
+
+    def forward(self, feature_BLF: Tensor) -> Logits:
+        """Return the logits."""
+        count_BC = None if self.count is None else self.count(feature_BLF.mean(dim=1))
+        return Logits(self.output(feature_BLF).squeeze(-1), count_BC)
+
+
+class Transformer(nn.Module):
+    """One block whose norms are scaled and shifted by mask bit and time (arXiv 2512.09106, section 4).
+
+    Residual gates are 1 + alpha and the condition's matrix starts at 0, so that at first neither mask nor time matters
+    and every logit is near `bias`. With the single feature of the paper, width 128, 2 heads, mlp 512 and `time`
+    published it has its 331,265 parameters. `published` encodes the share t of the steps with period 1, which makes all
+    its 128 numbers cos t or sin t; `true` encodes the step itself with periods of 6 to 60,000 steps.
+    """
+
+    def __init__(
+        self, features: Sequence[str], *, width: int, heads: int, mlp: int, time: str, counts: int, bias: float
+    ) -> None:
+        super().__init__()
+        self.heads, self.time = heads, time
+        self.token_F = [i for i, name in enumerate(features) if name not in CONDITIONS]
+        self.row_F = [i for i, name in enumerate(features) if name in ("left", "alpha")]
+        self.mask_at = features.index("masked") if "masked" in features else None
+        self.time_at = features.index("time") if "time" in features else None
+        self.enter = nn.Linear(len(self.token_F), width)
+        self.mask = nn.Embedding(2, width)
+        self.clock = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.rows = nn.Linear(len(self.row_F), width, bias=False) if self.row_F else None
+        self.condition = nn.Linear(width, 6 * width)
+        self.query, self.key, self.value, self.join = (nn.Linear(width, width) for _ in range(4))
+        self.norm_1, self.norm_2, self.norm_3 = (nn.LayerNorm(width) for _ in range(3))
+        self.up, self.down = nn.Linear(width, mlp), nn.Linear(mlp, width)
+        self.output = nn.Linear(width, 1)
+        self.count = nn.Linear(width, counts) if counts else None
+        for parameter in self.condition.parameters():
+            nn.init.zeros_(parameter)
+        nn.init.constant_(self.output.bias, bias)
+
+    def forward(self, feature_BLF: Tensor) -> Logits:
+        """Return the logits."""
+        hidden = self.enter(feature_BLF[..., self.token_F])
+        shift = self.condition(self._given(feature_BLF))
+        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = shift.chunk(6, dim=-1)
+        attended = self._attend(self.norm_1(hidden) * (1 + scale_1) + shift_1)
+        hidden = hidden + (1 + gate_1) * attended
+        inner = self.norm_2(hidden) * (1 + scale_2) + shift_2
+        hidden = hidden + (1 + gate_2) * self.down(gelu(self.up(inner)))
+        hidden = self.norm_3(hidden)
+        count_BC = None if self.count is None else self.count(hidden.mean(dim=1))
+        return Logits(self.output(hidden).squeeze(-1), count_BC)
+
+    def _given(self, feature_BLF: Tensor) -> Tensor:
+        """Return the condition of every position `[B, L, width]`."""
+        length = feature_BLF.shape[1]
+        mask_BL = torch.ones_like(feature_BLF[..., 0]) if self.mask_at is None else feature_BLF[..., self.mask_at]
+        # Two rows of a table and no look-up: its gradient is a sum in a fixed order.
+        given = self.mask.weight[0] + mask_BL[..., None] * (self.mask.weight[1] - self.mask.weight[0])
+        time_B = torch.zeros_like(mask_BL[:, 0]) if self.time_at is None else feature_BLF[:, 0, self.time_at]
+        given = given + self.clock(self._encoded(time_B, length))[:, None]
+        return given if self.rows is None else given + self.rows(feature_BLF[:, 0, self.row_F])[:, None]
+
+    def _encoded(self, time_B: Tensor, length: int) -> Tensor:
+        half = self.mask.weight.shape[1] // 2
+        if self.time == "published":
+            angle_BH = time_B[:, None].expand(-1, half)
+        else:
+            place_H = torch.arange(half, device=time_B.device) / half
+            angle_BH = time_B[:, None] * length * torch.exp(-math.log(LONGEST_PERIOD) * place_H)
+        return torch.cat([angle_BH.cos(), angle_BH.sin()], dim=1)
+
+    def _attend(self, normed: Tensor) -> Tensor:
+        query, key, value = (
+            matrix(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for matrix in (self.query, self.key, self.value)
+        )
+        found = scaled_dot_product_attention(_rotate(query), _rotate(key), value)
+        return self.join(found.transpose(1, 2).flatten(-2))
+
+
+def _rotate(x_BHLD: Tensor) -> Tensor:
+    """Return queries or keys with RoPE over the canvas: neighbouring entries are a pair."""
+    length, width = x_BHLD.shape[-2:]
+    place_L = torch.arange(length, device=x_BHLD.device, dtype=x_BHLD.dtype)
+    pair_D = torch.arange(width // 2, device=x_BHLD.device, dtype=x_BHLD.dtype) * 2 / width
+    angle_LD = place_L[:, None] * torch.exp(-math.log(ROPE_BASE) * pair_D)
+    even, odd = x_BHLD[..., 0::2], x_BHLD[..., 1::2]
+    cos, sin = angle_LD.cos(), angle_LD.sin()
+    return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)

@@ -1,0 +1,337 @@
+"""Training an unmasking policy: which of its steps are scored, the loss on them, and what the sampler is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..policies.planner import Planner
+from ..recipes.registry import RecipeError
+from ..rollouts.noise import uniform
+from ..rollouts.planned import Acting, Expert
+from ..rollouts.planned import planner as planner_score
+from ..rollouts.sampler import Sampler
+from ..rollouts.state import State
+from ..rollouts.traits import bare, knobs_of
+from ..rollouts.trajectory import GIVEN, Trajectory
+from ..rollouts.worker import RolloutBatch
+from . import orders
+from .credit import Credit
+from .defaults import trainable
+from .distributed import gather_objects, total
+from .losses import NonFiniteError
+
+STEP_FIELDS = ("row_N", "step_N", "advantage_N", "expert_N", "old_N")
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """N steps of a planner's rollouts, fixed for the inner steps on a batch; everything else is in the trajectory.
+
+    `advantage_N` is the rollout's, `expert_N` marks steps that an expert chose, `old_N` the log-probability that ratios
+    divide by. `mass` is the number of the planner's own steps and `cloned` that of the expert's, over all ranks;
+    `cloning` is the weight of the latter, `imitates` whether they are all there is.
+    """
+
+    trajectory: Trajectory
+    row_N: Tensor
+    step_N: Tensor
+    advantage_N: Tensor
+    expert_N: Tensor
+    old_N: Tensor
+    mass: float
+    cloned: float
+    cloning: float
+    imitates: bool
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything but the trajectory as named tensors, for a checkpoint."""
+        numbers = torch.tensor([self.mass, self.cloned, self.cloning, float(self.imitates)], dtype=torch.float64)
+        return {name: getattr(self, name) for name in STEP_FIELDS} | {"numbers": numbers}
+
+    @staticmethod
+    def from_tensors(trajectory: Trajectory, sampler: Sampler, saved: dict[str, Tensor]) -> StepPlan:
+        """Return the plan that `tensors` saved."""
+        mass, cloned, cloning, imitates = saved["numbers"].tolist()
+        steps = {name: saved[name] for name in STEP_FIELDS}
+        return StepPlan(trajectory, **steps, mass=mass, cloned=cloned, cloning=cloning, imitates=bool(imitates))
+
+
+class Learner(nn.Module):
+    """What is optimised and checkpointed: the network, and the trade-off that dual ascent has reached."""
+
+    price: Tensor
+
+    def __init__(self, network: nn.Module, alpha: float) -> None:
+        super().__init__()
+        self.network = network.train().requires_grad_(True)
+        self.register_buffer("price", torch.tensor(alpha, dtype=torch.float64))
+
+
+@dataclass
+class Planning:
+    """The planner's objective, with the interface of `Objective`; the denoiser is frozen and never called.
+
+    Over the planner's own steps n of all ranks, rho the ratio of the whole choice now and then:
+
+        loss = 1/N sum_n surrogate(log rho_n, A_n) - w/E sum_e (A_e)+ log p(u_e) - entropy/N sum_n H_n
+
+    where e are the steps of expert rollouts (`cloning`; with `mixture` they join the first sum, both probabilities
+    mixed with a point mass: arXiv 2512.09106, appendix, G of G + E). An `order` adds `pull`/N sum_n of the divergence
+    from it (UPO). In the first `warmup` batches the expert drives all and the loss is -1/E sum_e log p(u_e). `alpha`
+    [low, high] is drawn log-uniformly a group and told to the policy, one number for all where both are equal; with
+    `target_nfe` it follows from the rollouts by dual ascent.
+    """
+
+    planner: Planner
+    surrogate: Callable[..., Tensor]
+    speed: Callable[..., Tensor]
+    group: int
+    seed: int = 0
+    alpha: tuple[float, float] = (1.0, 1.0)
+    target_nfe: float | None = None
+    dual_rate: float = 0.1
+    levels: tuple[float, ...] = ()
+    block: int | None = None
+    warmup: int = 0
+    steering: str = "none"
+    weight: float = 1.0
+    anneal: int = 0
+    order: Callable[..., Tensor] | None = None
+    pull: float = 0.0
+    entropy: float = 0.0
+    chunk: int = 64
+    # As an Objective: ratios divide by the rollout's own log-probs, and there is no reference.
+    beta: float = field(default=0.0, init=False)
+    old: str = field(default="rollout", init=False)
+    batch: int = field(default=0, init=False)
+    temperature: float = field(default=1.0, init=False)
+
+    def __post_init__(self) -> None:
+        low, high = self.alpha
+        if not 0 <= low <= high < math.inf or (low == 0 < high):
+            raise RecipeError(f"planner.alpha: [{low}, {high}] must rise and lie above 0, a range is drawn by its log.")
+        if any(not 0 < level <= 1 for level in self.levels):
+            raise RecipeError(
+                f"planner.expert.levels: {list(self.levels)} are compared with probabilities; use (0, 1]."
+            )
+        if self.experts >= self.group:
+            raise RecipeError(f"planner.expert.levels: {self.experts} of {self.group} rollouts leave the planner none.")
+        if self.levels and self.planner.spec.distribution == "count":
+            raise RecipeError("planner.expert: a threshold opens numbers that `count` may not have; use bernoulli.")
+        if self.target_nfe is not None and low != high:
+            raise RecipeError("planner.target_nfe: alpha follows from it; give alpha one number to begin with.")
+        if self.order is not None and (
+            self.planner.spec.distribution != "categorical" or "odds" not in self.planner.spec.features
+        ):
+            raise RecipeError(
+                "planner.order: is made of the feature odds and orders one position a step; use categorical."
+            )
+        self.learner = Learner(self.planner.network, high)
+        self.surrogate(torch.zeros(1), torch.ones(1))
+
+    @property
+    def experts(self) -> int:
+        """Expert rollouts in each group, after the warm-up."""
+        return len(self.levels) if self.steering != "none" else 0
+
+    def acting(self, sampler: Sampler) -> Sampler:
+        """Return a training sampler: the planner in its score, told each group's trade-off; what it saw is recorded."""
+        single = self.planner.spec.distribution == "categorical"
+        expert = Expert(partial(_level, self), self.block, single) if self.levels else None
+        # The same one in the loss: a policy that acts at one temperature and is scored at another is not that policy.
+        self.temperature = knobs_of(sampler.score).get("temperature", 1.0)
+        if not sampler.plans or knobs_of(sampler.selection).get("decide", "sample") != "sample":
+            raise RecipeError(
+                "rollout.sampler.selection: a planner learns from what it draws; use planned, decide: sample."
+            )
+        act = Acting(self.planner, lambda state: self.alphas(state.rollout_id_A, state.step), expert)
+        return replace(bound(sampler, act), keeps_features=True)
+
+    def evaluating(self, sampler: Sampler) -> Sampler:
+        """Return an evaluation sampler: the planner in its score where that names none, told the score's own alpha."""
+        if bare(sampler.score) is not planner_score or knobs_of(sampler.score).get("path") is not None:
+            return sampler
+        alpha = knobs_of(sampler.score).get("alpha", 1.0)
+        act = Acting(self.planner, lambda state: torch.full_like(state.committed_AL[:, 0], alpha))
+        return bound(sampler, act)
+
+    def alphas(self, rollout_id_B: Tensor, batch: int) -> Tensor:
+        """Return the trade-off of each rollout of a batch, the same in a group."""
+        low, high = self.alpha
+        if low == high:
+            return torch.full(rollout_id_B.shape, float(self.learner.price), device=rollout_id_B.device)
+        share_B = uniform(self.seed, "alpha", batch, rollout_id_B // self.group)
+        return (math.log(low) + share_B * math.log(high / low)).exp().float()
+
+    def credit(self, batch: RolloutBatch, number: int) -> Tensor:
+        """Return the rewards with speed in them, and move the trade-off where calls have a target."""
+        self.batch, trajectory = number, batch.trajectory
+        alpha_B = self.alphas(trajectory.rollout_id_B, number).cpu()
+        length_B = (trajectory.source_BL != GIVEN).sum(dim=1)
+        reward_B = self.speed(
+            batch.rewards.total_B, trajectory.steps_B, length_B, alpha_B.to(batch.rewards.total_B.dtype)
+        )
+        if self.target_nfe is not None and number >= self.warmup:
+            parts = gather_objects((int(trajectory.steps_B.sum()), len(trajectory)))
+            calls = sum(steps for steps, _ in parts) / sum(rows for _, rows in parts)
+            price = float(self.learner.price) + self.dual_rate * math.log(calls / self.target_nfe)
+            self.learner.price.fill_(max(0.0, price))
+        return reward_B
+
+    @torch.no_grad()
+    def plan(
+        self,
+        policy: Any,
+        reference: Any,
+        trajectory: Trajectory,
+        advantage: Credit | Tensor,
+        *,
+        rng: torch.Generator | None,
+        sampler: Sampler,
+        inner: tuple[int, int] = (0, 1),
+    ) -> StepPlan:
+        """Return the plan of a batch; arguments as `Objective.plan`. Every rank must call this."""
+        assert trajectory.candidate_BSL is not None and trajectory.choice_logprob_BS is not None
+        advantage_B = advantage.value if isinstance(advantage, Credit) else advantage
+        imitates = self.batch < self.warmup
+        place_B = trajectory.rollout_id_B % self.group
+        expert_B = place_B >= (0 if imitates else self.group - self.experts)
+        applies_B = ~advantage_B.isnan() if not imitates else torch.ones_like(expert_B)
+        advantage_B = advantage_B.nan_to_num(0.0)
+        row_N, step_N = (trajectory.candidate_BSL.any(dim=2) & applies_B[:, None]).nonzero(as_tuple=True)
+        expert_N, old_N = expert_B[row_N], trajectory.choice_logprob_BS[row_N, step_N]
+        own_N = torch.ones_like(expert_N) if self.steering == "mixture" and not imitates else ~expert_N
+        kept_N = (own_N & (advantage_B[row_N] != 0)) | (expert_N & (imitates | (advantage_B[row_N] > 0)))
+        if self.entropy or self.order is not None:
+            kept_N |= own_N
+        faded = max(0.0, 1 - (self.batch - self.warmup) / self.anneal) if self.anneal else 1.0
+        return StepPlan(
+            trajectory,
+            row_N=row_N[kept_N],
+            step_N=step_N[kept_N],
+            advantage_N=advantage_B[row_N][kept_N],
+            expert_N=expert_N[kept_N],
+            old_N=old_N[kept_N],
+            mass=total(float(own_N.sum())),
+            cloned=total(float(expert_N.sum())),
+            cloning=1.0 if imitates else self.weight * faded if self.steering == "cloning" else 0.0,
+            imitates=imitates,
+        )
+
+    def backward(self, policy: Any, plan: StepPlan) -> dict[str, float]:
+        """Add this rank's share of the gradient to the network's `.grad` and return statistics; no denoiser is called.
+
+        Raises NonFiniteError before the backward of a chunk whose loss is not finite. Every rank must call this.
+        """
+        sums = dict.fromkeys(("loss", "entropy", "clip_like", "ratio_max", "logprob"), 0.0)
+        for start in range(0, len(plan.row_N), self.chunk):
+            part = slice(start, start + self.chunk)
+            logprob_N, entropy_N, pull_N = _scores(self, plan, part)
+            loss, log_ratio_N = self._loss(plan, part, logprob_N, self.pull * pull_N - self.entropy * entropy_N)
+            if not bool(loss.isfinite()):
+                rollout = int(plan.trajectory.rollout_id_B[plan.row_N[part][0]])
+                raise NonFiniteError(
+                    f"rollout {rollout}: the planner's loss is {loss.item()}; nothing was stepped. Lower optim.lr and "
+                    "resume from the last checkpoint."
+                )
+            loss.backward()
+            sums["loss"] += loss.item()
+            sums["entropy"] += entropy_N.detach().sum().item()
+            sums["logprob"] += logprob_N.detach().sum().item()
+            if len(log_ratio_N):
+                sums["ratio_max"] = max(sums["ratio_max"], (log_ratio_N.exp() - 1).abs().max().item())
+        count = max(len(plan.row_N), 1)
+        low, high = self.alpha
+        return {
+            "loss": total(sums["loss"]),
+            "entropy": sums["entropy"] / count,
+            "choice_logprob": sums["logprob"] / count,
+            "ratio_max_deviation": sums["ratio_max"],
+            "steps": float(len(plan.row_N)),
+            **({"alpha": float(self.learner.price)} if low == high else {}),
+        }
+
+    def _loss(self, plan: StepPlan, part: slice, logprob_N: Tensor, extra_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this part's share of the loss with `extra_N` a step, and the log-ratios of the planner's own steps."""
+        expert_N, advantage_N, old_N = plan.expert_N[part], plan.advantage_N[part], plan.old_N[part]
+        ratio_N = expert_N.new_zeros(len(expert_N), dtype=logprob_N.dtype)
+        loss = logprob_N.sum() * 0.0
+        if plan.cloning:
+            gain_N = torch.ones_like(advantage_N) if plan.imitates else advantage_N.clamp(min=0.0)
+            cloned_N = torch.where(expert_N, gain_N * logprob_N, 0.0)
+            loss = loss - plan.cloning * cloned_N.sum() / max(plan.cloned, 1.0)
+        if plan.imitates:
+            return loss, ratio_N[:0]
+        own_N = ~expert_N
+        ratio_N = logprob_N - old_N
+        if self.steering == "mixture":
+            share, own_N = self.experts / self.group, torch.ones_like(own_N)
+            ratio_N = torch.where(expert_N, _mixed(logprob_N, share) - _mixed(old_N, share), ratio_N)
+        shares_N = self.surrogate(ratio_N, advantage_N) + extra_N
+        return loss + torch.where(own_N, shares_N, 0.0).sum() / max(plan.mass, 1.0), ratio_N[own_N].detach()
+
+    def save(self, directory: str | Path, **notes: Any) -> Path:
+        """Write the planner with the range of its trade-off."""
+        return self.planner.save(directory, alpha=list(self.alpha), **notes)
+
+
+def _scores(planning: Planning, plan: StepPlan, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probability, entropy and divergence from the order of some of the recorded choices."""
+    trajectory, row_N, step_N = plan.trajectory, plan.row_N[part], plan.step_N[part]
+    assert trajectory.features_BSLF is not None and trajectory.candidate_BSL is not None
+    token_NL, rank_NL = trajectory.drawn_at(row_N, step_N)
+    chosen_NL = token_NL != trajectory.mask_token_id
+    feature_NLF = trajectory.features_BSLF[row_N, step_N].float()
+    candidate_NL = trajectory.candidate_BSL[row_N, step_N]
+    distribution = planning.planner.distribution(feature_NLF, candidate_NL, temperature=planning.temperature)
+    logprob_N, entropy_N = (measure(chosen_NL, rank_NL) for measure in (distribution.log_prob, distribution.entropy))
+    if planning.order is None:
+        return logprob_N, entropy_N, torch.zeros_like(logprob_N)
+    odds_NL = 4 * feature_NLF[..., planning.planner.spec.features.index("odds")]  # as `observe` divides them
+    return logprob_N, entropy_N, orders.pull(planning.order, distribution, odds_NL, candidate_NL)
+
+
+def _level(planning: Planning, state: State) -> Tensor:
+    """Return the threshold of the rows that the expert drives, NaN elsewhere; an evaluation has none."""
+    table_E = torch.tensor(planning.levels, device=state.step_A.device)
+    place_A = state.rollout_id_A % planning.group
+    if 0 <= state.step < planning.warmup:
+        return table_E[place_A % len(planning.levels)]
+    first = planning.group - planning.experts
+    own_A = place_A < first if state.step >= 0 else torch.ones_like(place_A, dtype=torch.bool)
+    return torch.where(own_A, torch.nan, table_E[(place_A - first).clamp(min=0) % len(planning.levels)])
+
+
+def _mixed(logprob_N: Tensor, share: float) -> Tensor:
+    """Return log[(1 - e) p + e] with e the share of experts, the published behaviour of an expert's step."""
+    point_N = torch.full_like(logprob_N, math.log(share))
+    return torch.logaddexp(logprob_N + math.log(1 - share), point_N)
+
+
+def samplers_of(planning: Planning | None, training: Sampler, evaluation: Sampler) -> tuple[Sampler, Sampler]:
+    """Return both samplers with the planner in them; without one, RecipeError where no tokens could be trained."""
+    if planning is None:
+        return trainable(training), evaluation
+    return planning.acting(training), planning.evaluating(evaluation)
+
+
+def rewards_compared(planning: Planning | None, batch: RolloutBatch, number: int) -> Tensor:
+    """Return the rewards that are compared in a group, with speed in them where a planner learns."""
+    return batch.rewards.total_B if planning is None else planning.credit(batch, number)
+
+
+def bound(sampler: Sampler, act: Acting) -> Sampler:
+    """Return a sampler whose score asks this planner; RecipeError where its score asks none."""
+    score = sampler.score
+    if bare(score) is not planner_score:
+        raise RecipeError("rollout.sampler.score: a run that trains a planner rolls out with it; use score planner.")
+    kept = {name: value for name, value in knobs_of(score).items() if name not in ("path", "acting")}
+    return replace(sampler, score=partial(planner_score, acting=act, **kept))

@@ -1,0 +1,109 @@
+"""From a recipe's `planner` section to what the trainer is given, and back from a run's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..policies.planner import FEATURES, FILE, Planner, PlannerSpec, fingerprint_of, load_planner, new_planner
+from ..recipes.registry import SLOTS, RecipeError
+from ..recipes.schema import Recipe
+from . import orders, speed  # noqa: F401 (importing registers the parts)
+from .planning import Planning
+
+
+def build_planning(recipe: Recipe, denoiser: Any) -> Planning | None:
+    """Return the planner's objective with its planner on the denoiser's device; None where a recipe trains none."""
+    section = recipe.planner
+    if section is None or "positions" not in recipe.objective.actions:
+        return None
+    fingerprint, seed = fingerprint_of(denoiser), recipe.run.seed
+    if section.path is None:
+        values = section.model_dump() | {"features": section.features or list(FEATURES)}
+        planner = new_planner(PlannerSpec.of(values), seed=seed, fingerprint=fingerprint)
+    else:
+        read = load_planner(section.path, fingerprint=fingerprint)
+        planner = Planner(read.spec, read.network, fingerprint)
+    planner.network.to(denoiser.device)
+    expert = section.expert
+    steering = (
+        {}
+        if expert is None
+        else {
+            "levels": tuple(expert.levels),
+            **{name: getattr(expert, name) for name in ("block", "warmup", "steering", "weight", "anneal")},
+        }
+    )
+    return Planning(
+        planner,
+        surrogate=SLOTS["surrogate"].build(recipe.objective.surrogate),
+        speed=SLOTS["speed"].build(section.speed),
+        group=recipe.rollout.group,
+        seed=seed,
+        alpha=_range(section.alpha),
+        order=None if section.order is None else SLOTS["order"].build(section.order),
+        **{name: getattr(section, name) for name in ("target_nfe", "dual_rate", "pull", "entropy", "chunk")},
+        **steering,
+    )
+
+
+def planner_notes(recipe: Recipe) -> dict[str, Any]:
+    """Return what a saved planner says about its training."""
+    schedule = recipe.rollout.sampler.schedule
+    return {"run": recipe.name, "task": recipe.task, "canvas": recipe.rollout.canvas, "schedule": schedule}
+
+
+def with_planner(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe of a run with the planner of its `folder` in every score that names none."""
+    if not (folder / "planner" / FILE).is_file():
+        return recipe
+    for sampler in (recipe.rollout.sampler, recipe.evaluation.sampler):
+        if sampler is not None and sampler.score["name"] == "planner" and sampler.score.get("path") is None:
+            sampler.score = {**sampler.score, "path": str(folder / "planner")}
+    return recipe
+
+
+def check_planning(recipe: Recipe) -> None:
+    """Raise RecipeError where actions, planner, sampler and model do not fit each other; no weights are read."""
+    section, actions = recipe.planner, recipe.objective.actions
+    if "positions" not in actions:
+        if section is not None:
+            raise RecipeError("planner: nothing trains it; add positions to objective.actions, or drop the section.")
+        return
+    if section is None:
+        raise RecipeError(
+            "objective.actions: positions are a planner's choices; add a `planner` section (`planner: {}`)."
+        )
+    if "tokens" in actions:
+        raise RecipeError("objective.actions: tokens and positions are trained in runs of their own; name one.")
+    if recipe.model.lora is not None or recipe.model.sharding != "none":
+        raise RecipeError(
+            "model: a run that trains a planner leaves the denoiser as it is; drop model.lora and sharding."
+        )
+    if recipe.objective.beta > 0:
+        raise RecipeError(f"objective.beta: {recipe.objective.beta:g}, but a planner has no reference; set it to 0.")
+    sampler = recipe.rollout.sampler
+    if sampler.score["name"] != "planner" or sampler.selection["name"] != "planned":
+        raise RecipeError("rollout.sampler: a planner acts by score planner with selection planned; name both.")
+    if sampler.selection.get("decide", "sample") != "sample":
+        raise RecipeError("rollout.sampler.selection: a planner learns from what it draws; set decide to sample.")
+    # A planner and a group that cannot be are refused before weights are read.
+    values = section.model_dump() | {"features": section.features or list(FEATURES)}
+    fake = new_planner(PlannerSpec.of(json.loads(json.dumps(values))))
+    expert = section.expert
+    Planning(
+        fake,
+        surrogate=SLOTS["surrogate"].build(recipe.objective.surrogate),
+        speed=SLOTS["speed"].build(section.speed),
+        group=recipe.rollout.group,
+        alpha=_range(section.alpha),
+        target_nfe=section.target_nfe,
+        order=None if section.order is None else SLOTS["order"].build(section.order),
+        levels=() if expert is None else tuple(expert.levels),
+        steering="none" if expert is None else expert.steering,
+    )
+
+
+def _range(alpha: float | tuple[float, float]) -> tuple[float, float]:
+    return (alpha, alpha) if isinstance(alpha, float) else alpha

@@ -1,0 +1,66 @@
+"""What an unmasking policy sees of a canvas: a few numbers a position, from the statistics of the step's one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .state import State
+
+CLIP = 12.0  # nats; beyond it a token is as good as certain
+LEAST_ALPHA = 0.01  # a smaller trade-off is told as this one
+SEEN, STAYED = (
+    "planner_seen",
+    "planner_stayed",
+)  # in the state's memory: likeliest tokens of the last step, for how long
+NEEDS = ("second", "entropy")
+
+
+def observe(state: State, names: tuple[str, ...], alpha_A: Tensor) -> Tensor:
+    """Return `feature_ALF` in fp16, 0 at decided positions but for what says so of them; keeps persistence in memory.
+
+    fp16 because that is how a trajectory stores them: what is trained on is what was acted on. `odds` log p/(1-p) of
+    the likeliest token, clipped and by 4; `margin` p1 - p2; `entropy` H/(1 + H); `eos` whether the likeliest token
+    ends the text; `persistence` k/(1 + k) after k steps in which it stayed; `frontier` log(1 + distance to the first
+    open position)/4; `candidate` whether the step may choose it; `masked`; `time` step/L; `left` open share of the
+    canvas; `alpha` log of the trade-off.
+    """
+    statistics, masked_AL = state.statistics, state.masked_AL
+    assert statistics is not None and statistics.second is not None and statistics.entropy is not None
+    assert state.window_AL is not None
+    stayed_AL = _stayed(state)
+    length = masked_AL.shape[1]
+    place_L = torch.arange(length, device=masked_AL.device)
+    first_A1 = torch.where(masked_AL, place_L, length).amin(dim=1, keepdim=True)
+    ends_AL = torch.zeros_like(masked_AL)
+    for eos in state.eos_token_ids:
+        ends_AL = ends_AL | (statistics.best == eos)
+    open_only = {
+        "odds": statistics.odds.clamp(-CLIP, CLIP) / 4,
+        "margin": statistics.confidence.exp() - statistics.second.exp(),
+        "entropy": statistics.entropy / (1 + statistics.entropy),
+        "eos": ends_AL.float(),
+        "persistence": stayed_AL / (1 + stayed_AL),
+        "frontier": torch.log1p((place_L - first_A1).clamp(min=0)) / 4,
+        "candidate": state.window_AL.float(),
+    }
+    of_row = {
+        "time": state.step_A / length,
+        "left": masked_AL.sum(dim=1) / length,
+        "alpha": alpha_A.clamp(min=LEAST_ALPHA).log(),
+    }
+    found = {name: torch.where(masked_AL, value, 0.0) for name, value in open_only.items()}
+    found |= {name: value[:, None].expand_as(masked_AL) for name, value in of_row.items()}
+    found["masked"] = masked_AL
+    return torch.stack([found[name].half() for name in names], dim=2)
+
+
+def _stayed(state: State) -> Tensor:
+    """Return for how many steps the likeliest token of each open position has been the same."""
+    assert state.statistics is not None
+    best_AL, memory = state.statistics.best, state.memory
+    before_AL = memory.get(SEEN, torch.full_like(best_AL, -1))
+    stayed_AL = memory.get(STAYED, torch.zeros_like(best_AL))
+    stayed_AL = torch.where((before_AL == best_AL) & state.masked_AL, stayed_AL + 1, 0)
+    memory[SEEN], memory[STAYED] = torch.where(state.masked_AL, best_AL, -1), stayed_AL
+    return stayed_AL

@@ -1,0 +1,170 @@
+"""An unmasking policy in a sampler: the score that asks it, and the selection that draws what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..policies.planner import Planner, fingerprint_of, load_planner
+from ..policies.planner_distributions import Distribution, Draw, Noise
+from ..recipes.registry import SLOTS, RecipeError
+from .features import NEEDS, observe
+from .measures import Statistics
+from .ranking import best
+from .schedules import Quota, first_block
+from .state import Record, State
+from .traits import bare, knobs_of, traits
+
+
+@dataclass(frozen=True)
+class Expert:
+    """Rows that a threshold rule drives: those where `level(state)` is no NaN, in blocks of `block` (None: none).
+
+    `single`: only the most confident position, for policies that choose one a step.
+    """
+
+    level: Callable[[State], Tensor]
+    block: int | None = None
+    single: bool = False
+
+    def takes_over(self, state: State, draw: Draw) -> Draw:
+        """Return the draw with the expert's choice in its rows: what reaches the level, at least the best."""
+        assert state.statistics is not None and state.window_AL is not None
+        level_A1 = self.level(state)[:, None]
+        confidence_AL, window_AL = state.statistics.confidence, state.window_AL
+        if self.block is not None:
+            window_AL = window_AL & first_block(window_AL, self.block, state)
+        # In rows of the planner the level is NaN, which nothing reaches.
+        chosen_AL = best(confidence_AL, window_AL)
+        if not self.single:
+            chosen_AL = chosen_AL | ((confidence_AL >= level_A1.log()) & window_AL)
+        own_A1 = level_A1.isnan()
+        key_AL = confidence_AL.to(draw.key_BL.dtype)
+        return Draw(torch.where(own_A1, draw.chosen_BL, chosen_AL), torch.where(own_A1, draw.key_BL, key_AL))
+
+
+@dataclass(frozen=True)
+class Acting:
+    """A planner in a rollout, as a trainer gives it: `alpha(state)` is the trade-off of each row."""
+
+    planner: Planner
+    alpha: Callable[[State], Tensor]
+    expert: Expert | None = None
+
+
+@dataclass
+class Planned:
+    """A step of a planner: what it saw, its distribution, and the draw once there is one."""
+
+    feature_ALF: Tensor
+    distribution: Distribution
+    acting: Acting
+    draw: Draw | None = None
+
+
+@SLOTS["score"].register
+@traits(needs=NEEDS, open=True, history=True)
+def planner(
+    statistics: Statistics,
+    position: Tensor,
+    noise: Tensor,
+    *,
+    state: State,
+    acting: Acting | None = None,
+    path: str | None = None,
+    alpha: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Log-probability with which a learned unmasking policy opens each position (arXiv 2512.09106).
+
+    `path` is a trained planner's folder or its run's; a run that trains one needs none. `alpha` is the trade-off that
+    the policy is told: higher is faster, where it was trained on several. `temperature` divides its logits. Selection
+    `planned` draws from it; others take its score for a confidence.
+    """
+    if not temperature > 0:
+        raise RecipeError(f"score.temperature: {temperature} must be above 0; for certain choices use decide: mode.")
+    if alpha < 0:
+        raise RecipeError(f"score.alpha: {alpha} must be at least 0.")
+    if acting is None:
+        acting = Acting(_opened(path, state.canvas_AL.device), lambda s: torch.full_like(s.committed_AL[:, 0], alpha))
+    assert state.window_AL is not None
+    network = acting.planner
+    feature_ALF = observe(state, network.spec.features, acting.alpha(state))
+    distribution = network.distribution(feature_ALF.float(), state.window_AL, temperature=temperature)
+    state.planned = Planned(feature_ALF, distribution, acting)
+    return distribution.chance_BL
+
+
+@cache
+def _opened(path: str | None, device: torch.device) -> Planner:
+    if path is None:
+        raise RecipeError("score.path: score 'planner' needs a trained planner's folder, or that of its run.")
+    found = load_planner(path)
+    found.network.to(device)
+    return found
+
+
+@SLOTS["selection"].register
+@traits(status="exact with order", plans=True)
+def planned(score_BL: Tensor, quota: Quota, *, state: State, decide: Literal["sample", "mode"] = "sample") -> Tensor:
+    """What score `planner` decides: a draw from its distribution, or its likeliest outcome (`mode`)."""
+    return _draw(state, decide).chosen_BL
+
+
+def _draw(state: State, decide: str) -> Draw:
+    """Return the step's draw, made once."""
+    step = state.planned
+    if step is None:
+        raise RecipeError("selection: 'planned' draws what a planner decides; use score planner with it.")
+    if step.draw is None:
+        if decide == "mode":
+            step.draw = step.distribution.mode()
+        else:
+            row_A = state.uniform("planner_row")[:, 0]
+            step.draw = step.distribution.sample(
+                Noise(state.uniform("planner_unit"), state.uniform("planner_order"), row_A)
+            )
+        if step.acting.expert is not None:
+            step.draw = step.acting.expert.takes_over(state, step.draw)
+    return step.draw
+
+
+def _keys(score_BL: Tensor, state: State, *, decide: str = "sample") -> Tensor:
+    return _draw(state, decide).key_BL
+
+
+planned.keys = _keys  # type: ignore[attr-defined]
+
+
+def note_plan(record: Record, state: State, scored: Any, alive_A: Tensor, acts_A: Tensor, keeps: bool) -> None:
+    """Record a planner's step: log-probability of its choice and, to train on, what it saw; a forced step is none."""
+    step = state.planned
+    assert step is not None
+    logprob_A = step.distribution.log_prob(scored.chosen_AL, scored.rank_AL)
+    record.note(alive_A, "choice_logprobs", torch.where(acts_A, logprob_A, 0.0))
+    if keeps:
+        record.note(alive_A, "features", step.feature_ALF)
+        record.note(alive_A, "candidates", scored.window_AL & acts_A[:, None])
+
+
+def empty_plans(state: State) -> Tensor:
+    """Return the rows whose planner chose to open nothing; none where it cannot, and without a planner."""
+    step = state.planned
+    if step is None or step.draw is None or not step.distribution.may_be_empty:
+        return torch.zeros_like(state.step_A, dtype=torch.bool)
+    return ~step.draw.chosen_BL.any(dim=1)
+
+
+def check_planner(sampler: Any, denoiser: Any) -> None:
+    """Warn where a sampler's planner was trained with another denoiser; RecipeError where its file is none."""
+    knobs = knobs_of(sampler.score)
+    if bare(sampler.score) is planner and knobs.get("acting") is None:
+        if knobs.get("path") is None:
+            _opened(None, torch.device("cpu"))
+        load_planner(Path(knobs["path"]), fingerprint=fingerprint_of(denoiser) if hasattr(denoiser, "base") else None)
