@@ -205,7 +205,7 @@ def mbpp(
 
 
 ANSWERED = "{question}\nReason step by step in <reasoning></reasoning> and put the final answer in <answer></answer>."
-DRAWS = 2**16  # problems of one setting; some generators make room for all of them
+DRAWS = 2**16  # problems of one setting, where it does not say how many; some generators make room for all of them
 
 
 @task.register
@@ -220,23 +220,25 @@ def reasoning_gym(
 ) -> Rows:
     """Problems that reasoning-gym generates, without end; for the reward `reasoning_gym`, or one of ours.
 
-    `dataset` is one of its names (`countdown`, `mini_sudoku`, ...), `config` its settings. Columns `question`,
-    `answer`, `gym` (what the scorer needs). Needs the package reasoning-gym.
+    `dataset` is one of its names (`countdown`, `mini_sudoku`, ...), `config` its settings, among which `size` is the
+    number of problems (65,536, which `word_ladder` refuses). Columns `question`, `answer`, `gym` (what the scorer
+    needs). Needs the package reasoning-gym.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
         raise RecipeError("task.reasoning_gym: the package is missing; `pip install 'unmask[reasoning-gym]'`.")
     from reasoning_gym import create_dataset
 
-    settings = {"seed": 0, "size": DRAWS}
+    rest = dict(config or {})
+    settings = {"seed": rest.pop("seed", 0), "size": rest.pop("size", DRAWS)}
     try:
-        problems = create_dataset(dataset, **settings, **(config or {}))
+        problems = create_dataset(dataset, **settings, **rest)
     except Exception as error:  # a name or a setting that it does not know, said in many ways
         raise RecipeError(f"task.reasoning_gym: '{dataset}' with {config or {}} is refused ({error}).") from error
 
     def make(rng: random.Random) -> Row:
-        index = rng.randrange(DRAWS)
+        index = rng.randrange(settings["size"])
         entry = problems[index]
-        gym = {"dataset": dataset, "config": config or {}, **settings, "index": index}
+        gym = {"dataset": dataset, "config": rest, **settings, "index": index}
         row = {"question": entry["question"], "answer": str(entry["answer"]), "gym": json.dumps(gym)}
         row["reference"] = f"<reasoning>\n\n</reasoning>\n<answer>{row['answer']}</answer>"
         return prompted(row, template, system, f"reasoning_gym {dataset}")

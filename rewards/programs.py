@@ -54,14 +54,14 @@ def extract_program(text: str, rule: CodeExtract) -> str | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(tests: str, setup: str, entry_point: str | None) -> Plan:
+def _plan(tests: str, setup: str, entry_point: str | None, boxed: bool) -> Plan:
     """Return the plan of a row whose tests are JSON; the same row comes once for every rollout of its group."""
     listed = json.loads(tests)
     if isinstance(listed[0], dict):
         pairs = [(entry["input"], entry["output"]) for entry in listed]
         if entry_point is None:
             return Plan([_as_text(i) for i, _ in pairs], [_as_text(o) for _, o in pairs])
-        cases = [Case(entry_point, _as_list(i), expected=o, loose=True) for i, o in pairs]
+        cases = [Case(entry_point, _as_list(i), expected=o, loose=True, boxed=boxed) for i, o in pairs]
         return Plan(cases=cases, entry_point=entry_point)
     found = [read_cases(test, entry_point) or [] for test in listed]
     names = {case.name for cases in found for case in cases}
@@ -93,15 +93,17 @@ def plan_of(tests: Any, setup: Any, entry_point: Any) -> Plan:
             parsed = json.loads(tests)
         except ValueError:
             parsed = None
-        tests = _paired(parsed) if isinstance(parsed, dict) else parsed if isinstance(parsed, list) else [tests]
-    elif isinstance(tests, Mapping):
-        tests = _paired(tests)
+        tests = parsed if isinstance(parsed, dict | list) else [tests]
+    named = None
+    if isinstance(tests, Mapping):
+        named, tests = tests.get("fn_name"), _paired(tests)
     form = isinstance(tests, list) and tests and isinstance(tests[0], str | dict)
     if not form or any(type(test) is not type(tests[0]) or not test for test in tests):
         rule = "which is neither Python asserts (text, or a list of it) nor a list of {input, output}"
         raise column_error("code", "tests", tests, rule)
     try:
-        return _plan(json.dumps(tests), setup or "", entry_point)
+        # APPS writes the result of a call alone in a list, or as it is.
+        return _plan(json.dumps(tests), setup or "", named or entry_point, bool(named))
     except (KeyError, TypeError, ValueError) as error:
         raise column_error("code", "tests", tests, f"whose entries cannot be read ({error})") from error
 
@@ -171,9 +173,10 @@ def code(
 
     `tests`: Python asserts (text or a list; HumanEval's `check(candidate)` with column `entry_point`; names they do not
     define are the program's, column `setup` is run before them), or a list of {input, output}, APPS's {inputs, outputs}
-    included: standard input and output, or arguments and result where there is an `entry_point`. Column `prefix` is put
-    before a program that does not define the entry point. `seconds` are the wall clock of all tests. Runs code: needs
-    `allow_code_execution`. Outcomes: ok, wrong (also: time, memory, output limit), unparsable (no program).
+    included: standard input and output, or arguments and result where there is an `entry_point` or `fn_name` (also a
+    method of a class `Solution`). Column `prefix` is put before a program that does not define the entry point.
+    `seconds` are the wall clock of all tests. Runs code: needs `allow_code_execution`. Outcomes: ok, wrong (also: time,
+    memory, output limit), unparsable (no program).
     """
     limits = Limits(seconds, memory_mb, processes, output_kb)
     if not 0 < seconds <= MAX_SECONDS:

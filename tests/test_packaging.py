@@ -35,6 +35,13 @@ def test_packages_are_the_folders_that_hold_python() -> None:
     assert SETUPTOOLS["package-dir"] == {"unmask": "."}
 
 
+def test_every_extra_that_a_message_names_exists() -> None:
+    files = [file for file in tracked() if file.suffix in (".py", ".md") and file.parent.name != "tests"]
+    named = {extra for file in files for extra in re.findall(r"unmask\[([\w,-]+)\]", file.read_text())}
+    assert named <= set(PROJECT["project"]["optional-dependencies"]), named
+    assert len(named) >= 5 or not files
+
+
 def test_no_other_module_lies_at_the_root() -> None:
     assert [p.name for p in ROOT.glob("*.py")] == ["__init__.py"]
     assert not list((ROOT / "tests").rglob("__init__.py"))

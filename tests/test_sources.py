@@ -275,6 +275,10 @@ def test_reasoning_gym_generates_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert int(row["answer"]) == gym["index"] + 3 and f"<answer>{row['answer']}</answer>" in row["reference"]
     assert train.row(5) == row and train.size is None
     assert split_of(row["prompt"]) == "train" and split_of(held.row(3)["prompt"]) == "heldout"
+    few = build("reasoning_gym", dataset="sums", config={"level": 3, "size": 5})
+    gyms = [json.loads(few.row(index)["gym"]) for index in range(20)]
+    assert {gym["size"] for gym in gyms} == {5} and {gym["index"] for gym in gyms} <= set(range(5))
+    assert gyms[0]["config"] == {"level": 3}
     chat = build("reasoning_gym", dataset="sums", system="Think.").row(0)["prompt"]
     assert [turn["role"] for turn in chat] == ["system", "user"]
     for knobs in ({"dataset": "gone"}, {"dataset": "sums", "config": {"depth": 1}}):
