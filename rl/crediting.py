@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,11 @@ from .losses import mark_of
 def by_step(advantage: Callable[..., Tensor]) -> bool:
     """Return whether an advantage takes the rewards of every step's draft."""
     return mark_of(advantage, "by") == "step"
+
+
+def asks_for_drafts(objective: Any, advantage: Callable[..., Tensor]) -> bool:
+    """Return whether rollouts must record what each step drew: for the advantage, or for what is scored."""
+    return by_step(advantage) or bool(mark_of(getattr(objective, "estimator", None), "needs_drafts"))
 
 
 def credited(

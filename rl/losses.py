@@ -156,7 +156,7 @@ class LossFunction:
         return coefficient_A
 
 
-def mark_of(part: Callable[..., Any], mark: str) -> Any:
+def mark_of(part: Any, mark: str) -> Any:
     """Return a mark that a part carries, also where its knobs are bound."""
     return getattr(getattr(part, "func", part), mark, None)
 

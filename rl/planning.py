@@ -108,9 +108,10 @@ class Planning:
     pull: float = 0.0
     entropy: float = 0.0
     chunk: int = 64
-    # As an Objective: ratios divide by the rollout's own log-probs, and there is no reference.
+    # As an Objective: ratios divide by the rollout's own log-probs, nothing is drawn anew, and there is no reference.
     beta: float = field(default=0.0, init=False)
     old: str = field(default="rollout", init=False)
+    redraw: bool = field(default=False, init=False)
     batch: int = field(default=0, init=False)
     temperature: float = field(default=1.0, init=False)
 

@@ -27,12 +27,11 @@ from .checkpoints import PlanKeeper, file_errors, starting_point
 from .collecting import Collector, Exploration
 from .config import UnmaskConfig
 from .credit import Credit
-from .crediting import by_step, credited
+from .crediting import asks_for_drafts, credited
 from .defaults import default_objective, default_sampler
 from .distributed import gather_objects, rank, reduce_gradients
 from .evaluate import evaluate
 from .finite import require_finite_gradient
-from .losses import mark_of
 from .mismatch import mismatch_by_step
 from .objective import Objective
 from .optimizers import build_optimizer
@@ -111,7 +110,7 @@ class UnmaskTrainer(Trainer):
             prompt_limit=args.max_prompt_length,
             seed=args.seed,
             micro_batch=args.rollout_batch_size,
-            drafts=by_step(self.advantage) or bool(mark_of(self.objective.estimator, "needs_drafts")),
+            drafts=asks_for_drafts(self.objective, self.advantage),
             start=start,
         )
         exploration = exploration or Exploration()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 PAD, SAMPLED, GIVEN, EDITED, HINT = 0, 1, 2, 3, 4
 NEVER = -1
-BY_STEP = ("choice_logprob_BS", "length_BS", "features_BSLF", "candidate_BSL")
-BY_STEP += ("draft_BSL", "draft_logprob_BSL", "draft_window_BSL")
+DRAFTS = ("draft_BSL", "draft_logprob_BSL", "draft_window_BSL")
+BY_STEP = ("choice_logprob_BS", "length_BS", "features_BSLF", "candidate_BSL", *DRAFTS)
 
 
 class Lifetimes(NamedTuple):
