@@ -2,7 +2,7 @@
 
 Each dtype is evaluated at every batch size; completions are compared with those of the largest. Folders are temporary.
 
-python benchmarks/batch_spread.py [--model unmask:tiny] [--protocol arithmetic@tiny] [--problems 64] [--json FILE]
+python benchmarks/batch_spread.py [--model unmask:tiny] [--protocol sudoku@tiny] [--problems 64] [--json FILE]
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     """Measure both dtypes and print the table of docs/evaluating.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="unmask:tiny")
-    parser.add_argument("--protocol", default="arithmetic@tiny")
+    parser.add_argument("--protocol", default="sudoku@tiny")
     parser.add_argument("--problems", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=None)
