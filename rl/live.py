@@ -97,7 +97,7 @@ class LiveView:
         return f"{len(canvas.tokens) - left}/{len(canvas.tokens)}"
 
     def _text(self, canvas: Canvas) -> Text:
-        picture = Text()
+        picture = Text(overflow="fold")
         for position, (token, born) in enumerate(zip(canvas.tokens, canvas.born, strict=True)):
             if token == self.mask:
                 picture.append(MASKED, style="bold red" if position in canvas.taken else "dim")

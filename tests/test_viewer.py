@@ -18,7 +18,7 @@ from syntheticrun import HOSTILE, TOKENIZER, trajectory, write_run
 from unmask.recipes.registry import RecipeError
 from unmask.rl.cli import main
 from unmask.rl.runfolder import RunError
-from unmask.rl.viewing import stored_rollouts, view, view_heldout
+from unmask.rl.viewing import Source, render, stored_rollouts, view, view_heldout
 from unmask.rollouts.trajectory import EDITED, GIVEN
 
 CANVAS = 110
@@ -168,6 +168,26 @@ def test_a_completion_that_is_markup_does_nothing(page: Path) -> None:
         assert tab.text_content("#prompt") == HOSTILE
         assert "".join(texts(tab, ".card:nth-child(1) .canvas span")).startswith("<script>")
         assert tab.locator(".card script, .card img, #prompt img").count() == 0
+
+
+class Vocabulary:
+    """A tokenizer one of whose tokens is markup by itself."""
+
+    all_special_ids = ()
+
+    def decode(self, ids: list[int]) -> str:
+        return HOSTILE
+
+
+def test_a_token_a_name_and_a_judgement_that_are_markup_do_nothing(run: Path, tmp_path: Path) -> None:
+    rows = [row | {"extra/extracted": HOSTILE, f"reward/{HOSTILE}": 1.0} for row in stored_rollouts(run, 10_000)[0][:8]]
+    (tmp_path / "view.html").write_text(render([Source(HOSTILE, rows, Vocabulary())], title=HOSTILE, note=HOSTILE))
+    with opened(tmp_path / "view.html") as tab:
+        tab.evaluate("scrub(30)")
+        tab.hover(".card .canvas span")
+        assert tab.title() == f"{HOSTILE}: rollouts" and tab.text_content("h1") == HOSTILE
+        assert HOSTILE in texts(tab, ".card .canvas span")
+        assert tab.locator("header script, header img, main script, main img").count() == 0
 
 
 def test_two_runs_are_beside_each_other_on_the_same_prompt(tmp_path: Path) -> None:
