@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,7 +70,12 @@ def drafts(
     return uniform_k(views, k, rng) if steps == "uniform_k" and k is not None else views
 
 
+def _chosen_steps(knobs: Mapping[str, Any], steps: int, length: int) -> int:
+    return min(steps, knobs["k"] or steps)
+
+
 drafts.needs_drafts = True  # type: ignore[attr-defined]
+drafts.canvases = _chosen_steps  # type: ignore[attr-defined]
 
 
 def _strength(credit: Credit | None, seen_BS: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +55,13 @@ def sliced(
     )
     logprob_K = trajectory.logprob_BL[views.row_K, views.position_K]
     return replace(views, behaviour_K=logprob_K, count_B=action_BL.sum(dim=1), recorded=merge == 1)
+
+
+def _rounds(knobs: Mapping[str, Any], steps: int, length: int) -> int:
+    return min(steps, -(-min(knobs["size"], length) // knobs["merge"]))
+
+
+sliced.canvases = _rounds  # type: ignore[attr-defined]
 
 
 def _check_order(trajectory: Trajectory, part_BL: Tensor) -> None:

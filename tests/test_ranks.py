@@ -20,6 +20,12 @@ pytestmark = pytest.mark.usefixtures("place")
 BASE = ["rollout.prompts=4", "optim.steps=8", "rewards=[{name: 'toyrewards:one_sided'}]", "evaluation.every=4"]
 KINDS = {
     "adapter": ["rollout.micro_batch=3"],
+    "drafts of steps": [
+        "method=mdpo",
+        "objective.estimator={name: drafts, steps: top_k, k: 3}",
+        "objective.inner_steps=2",
+        "objective.beta=0.02",
+    ],
     "all weights, reference, ratio of a rollout": [
         "model.lora=null",
         "optim.lr=1e-3",
@@ -36,12 +42,6 @@ KINDS = {
     "estimated views, bounds of a rollout, one scale for all groups": [
         "method=spg",
         "objective={inner_steps: 2, estimator: {name: blockwise, size: 4, draws: 2}, advantage: batch_std}",
-    ],
-    "drafts of steps": [
-        "method=mdpo",
-        "objective.estimator={name: drafts, steps: top_k, k: 3}",
-        "objective.inner_steps=2",
-        "objective.beta=0.02",
     ],
 }
 
