@@ -110,7 +110,6 @@ class UnmaskTrainer(Trainer):
             micro_batch=args.rollout_batch_size,
             start=start,
         )
-        exploration = exploration or Exploration()
         self.collector = Collector(self.worker, self.rows, prompts=args.num_prompts, exploration=exploration)
         eval_temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
         self.eval_worker = replace(self.worker, sampler=replace(eval_sampler or sampler, temperature=eval_temperature))
