@@ -59,9 +59,12 @@ class Collector:
     no rank has to know about another's. Problems that no attempt needed are passed over.
     """
 
-    def __init__(self, worker: RolloutWorker, rows: Rows, *, prompts: int, exploration: Exploration) -> None:
-        self.worker, self.rows, self.prompts, self.exploration = worker, rows, prompts, exploration
-        self.successes = Successes(exploration.successes) if exploration.successes else None
+    def __init__(
+        self, worker: RolloutWorker, rows: Rows, *, prompts: int, exploration: Exploration | None = None
+    ) -> None:
+        self.worker, self.rows, self.prompts = worker, rows, prompts
+        self.exploration = exploration or Exploration()
+        self.successes = Successes(self.exploration.successes) if self.exploration.successes else None
 
     def collect(self, number: int) -> RolloutBatch:
         """Return the rollouts of batch `number`; every rank must call this.

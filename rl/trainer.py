@@ -113,7 +113,6 @@ class UnmaskTrainer(Trainer):
             drafts=asks_for_drafts(self.objective, self.advantage),
             start=start,
         )
-        exploration = exploration or Exploration()
         self.collector = Collector(self.worker, self.rows, prompts=args.num_prompts, exploration=exploration)
         self.eval_worker = replace(self.worker, sampler=tested, drafts=False)
         self.folder = Path(str(args.output_dir))
