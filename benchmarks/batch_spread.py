@@ -1,8 +1,9 @@
 """What the batch size changes of an evaluation: the same protocol, weights and problems at several batch sizes.
 
-Each dtype is evaluated at every batch size; completions are compared with those of the largest. Folders are temporary.
+Each dtype is evaluated at every batch size; completions are compared with those of the largest. The problems' prompts
+should differ in length, so that the batch decides how they are padded. Folders are temporary.
 
-python benchmarks/batch_spread.py [--model unmask:tiny] [--protocol sudoku@tiny] [--problems 64] [--json FILE]
+python benchmarks/batch_spread.py [--model unmask:tiny] [--protocol countdown@tiny-drawn] [--problems 64] [--json FILE]
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ def main() -> None:
     """Measure both dtypes and print the table of docs/evaluating.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="unmask:tiny")
-    parser.add_argument("--protocol", default="sudoku@tiny")
+    parser.add_argument("--protocol", default="countdown@tiny-drawn")
     parser.add_argument("--problems", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
-    print("| dtype | batch | exact | other tokens | other outcome |\n|---|---|---|---|---|")
+    print("| dtype | batch | exact | other tokens | other outcome | log-prob gap |\n|---|---|---|---|---|---|")
     for dtype in ("float32", "bfloat16"):
         runs = {}
         for size in SIZES:
@@ -71,7 +72,8 @@ def main() -> None:
             row = {key: value for key, value in found.items() if key != "rows"} | compared(runs[SIZES[-1]], found)
             results[dtype][str(size)] = row
             shares = " | ".join(f"{100 * row[key]['mean']:.1f} %" for key in ("other_tokens", "other_outcome"))
-            print(f"| {dtype} | {size} | {row['exact']:.3f} ± {row['stderr']:.3f} | {shares} |")
+            gap = f"{row['largest_logprob_gap']:.1e}"
+            print(f"| {dtype} | {size} | {row['exact']:.3f} ± {row['stderr']:.3f} | {shares} | {gap} |")
     facts = {"model": arguments.model, "protocol": arguments.protocol, "compared_with": SIZES[-1], "dtypes": results}
     print(f"wrote {save('batch_spread', facts, arguments.json, seeds={'first': 0}, dtype='float32 and bfloat16')}")
 
