@@ -20,7 +20,7 @@ from .frames import announced, split
 # What the nursery's interpreter is given to run; its arguments are this process's sys.path and the number of a socket.
 BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from unmask.rewards.nursery import serve; serve()"
 MAX_REPLY = 1 << 24
-START_S = 60.0  # a fresh interpreter, or the import of a large library, on a busy machine
+START_S = 120.0  # a fresh interpreter, or the import of a large library, on a busy machine
 
 
 class NurseryError(OSError):

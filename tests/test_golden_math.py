@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from unmask.rewards import RewardError, build_rewards, score
+from unmask.rewards import RewardError, build_rewards, score, verification
 from unmask.rewards.notation import MAX_CHARACTERS, MAX_DEPTH, MAX_DIGITS, normalise, too_large
 from unmask.rewards.pool import Pool
 from unmask.rewards.verification import compare, judge_math, warm
@@ -77,6 +78,20 @@ def test_what_hangs_the_verifier_ends_within_the_limit(pool: Pool) -> None:
     assert got.outcome == ["timeout", "ok", "unparsable"]
     assert got.total_B[0].isnan() and got.total_B[1:].tolist() == [1.0, 0.0]
     assert got.extra["extracted"][1:] == ["5", "9^{9^{9^9}}"] and "no verdict" in got.extra["cause"][0]
+
+
+NUMBERS = ["0", "-0", "007", "7", "-7", "7.0", "7.000001", "0.5", "-0.5", "0.333333", "123456789.123457", "1.000000"]
+NUMBERS += ["123456789.123456", "999999999999999", "3/4", "6/8", "-3/4", r"\frac{3}{4}", r"-\frac{3}{4}"]
+NUMBERS += [r"\frac{6}{8}", r"\dfrac{1}{3}", "14/2", r"\frac{1}{2}", "3/0", "+7", "5.", "0.3333333", "2^3"]
+
+
+def test_plain_numbers_are_compared_as_the_library_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = list(itertools.product(NUMBERS, NUMBERS))
+    short = [compare(*pair) for pair in pairs]
+    for name in ("_decimal", "_rational"):
+        monkeypatch.setattr(verification, name, lambda text: None)
+    differing = [pair for pair, found in zip(pairs, short, strict=True) if compare(*pair) != found]
+    assert not differing and {True, False} <= set(short)
 
 
 def test_golds_are_text_or_numbers(pool: Pool) -> None:
