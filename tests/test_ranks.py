@@ -20,12 +20,6 @@ pytestmark = pytest.mark.usefixtures("place")
 BASE = ["rollout.prompts=4", "optim.steps=8", "rewards=[{name: 'toyrewards:one_sided'}]", "evaluation.every=4"]
 KINDS = {
     "adapter": ["rollout.micro_batch=3"],
-    "drafts of steps": [
-        "method=mdpo",
-        "objective.estimator={name: drafts, steps: top_k, k: 3}",
-        "objective.inner_steps=2",
-        "objective.beta=0.02",
-    ],
     "all weights, reference, ratio of a rollout": [
         "model.lora=null",
         "optim.lr=1e-3",
@@ -38,6 +32,12 @@ KINDS = {
         "objective.unit=step",
         "objective.estimator={name: trace, steps: uniform_k, k: 2}",
         "objective.weight=uniform",
+    ],
+    "drafts of steps": [
+        "method=mdpo",
+        "objective.estimator={name: drafts, steps: top_k, k: 3}",
+        "objective.inner_steps=2",
+        "objective.beta=0.02",
     ],
 }
 
