@@ -46,9 +46,7 @@ class Denoiser:
 
     def new_cache(self) -> BlockCache | None:
         """Return an empty exact cache, or None: with full attention every token changes the keys of all others."""
-        if self.family.attention == "full":
-            return None
-        return BlockCache(self.base.config.num_hidden_layers)
+        return None if self.family.attention == "full" else BlockCache(self.base.config.num_hidden_layers)
 
     def hidden(
         self,
@@ -187,10 +185,8 @@ class Denoiser:
             # Ranks that share weights take part in every forward, and models want a row.
             return self._trunk(input_ids_BT.new_zeros(1, input_ids_BT.shape[1]), None, None)[:0]
         # Whether keys are kept is the config's use_cache, which loading switches off; encoders know no such argument.
-        trunk = self.base.base_model
-        inputs: dict[str, Any] = {"input_ids": input_ids_BT, "attention_mask": mask}
-        if kept is not None:
-            inputs[CACHE] = kept
+        trunk, cached = self.base.base_model, {} if kept is None else {CACHE: kept}
+        inputs = {"input_ids": input_ids_BT, "attention_mask": mask, **cached}
         return self._inside(lambda: trunk(position_ids=position_BT, **inputs).last_hidden_state)
 
     def _attention(self, mask: Tensor) -> Tensor:

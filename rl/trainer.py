@@ -19,14 +19,12 @@ from ..policies.reference import build_reference
 from ..recipes.tasks import Row, Rows
 from ..rewards import Scorer, ScoringConfig, check_columns
 from ..rollouts.canvases import Start
-from ..rollouts.noise import generator
 from ..rollouts.sampler import Sampler
 from ..rollouts.worker import RolloutBatch, RolloutWorker
 from . import advantages
 from .checkpoints import PlanKeeper, file_errors, starting_point
 from .collecting import Collector, Exploration
 from .config import UnmaskConfig
-from .credit import Credit
 from .crediting import asks_for_drafts, credited
 from .defaults import default_objective, default_sampler
 from .distributed import gather_objects, rank, reduce_gradients
@@ -36,6 +34,7 @@ from .mismatch import mismatch_by_step
 from .objective import Objective
 from .optimizers import build_optimizer
 from .plan import Plan
+from .planmaking import plans_of
 from .planning import Planning, StepPlan, rewards_compared, samplers_of
 from .progress import Progress
 from .records import Records, batch_metrics, merge_metrics, write_rollouts
@@ -116,10 +115,6 @@ class UnmaskTrainer(Trainer):
         self.collector = Collector(self.worker, self.rows, prompts=args.num_prompts, exploration=exploration)
         self.eval_worker = replace(self.worker, sampler=tested, drafts=False)
         self.folder = Path(str(args.output_dir))
-        # The plans in flight, one or one an inner step; the checkpoint that `train` resumes from; whether it was read.
-        self.plans: list[Plan | StepPlan] = []
-        self.checkpoint: Path | None = None
-        self.begun, self._metrics = False, dict[str, Any]()
         super().__init__(
             model=self.learned,
             args=args,
@@ -132,6 +127,10 @@ class UnmaskTrainer(Trainer):
     def _finish_setup(self, args: UnmaskConfig) -> None:
         """Do what needs the process group and the device, which Trainer's constructor has set up."""
         self.model_accepts_loss_kwargs, self.records = False, Records(self.folder)
+        # The plans in flight, one or one an inner step; the checkpoint that `train` resumes from; whether it was read.
+        self.plans: list[Plan | StepPlan] = []
+        self.checkpoint: Path | None = None
+        self.begun, self._metrics = False, dict[str, Any]()
         check_shares(args)
         if args.sharding == "fsdp":
             require_shardable(self.denoiser, self.optim.get("name", "adamw"))
@@ -199,7 +198,9 @@ class UnmaskTrainer(Trainer):
             reward_B = rewards_compared(self.planning, batch, number)
             batch, credit = credited(self.worker, batch, self.advantage, reward_B)
             self._report(batch, step)
-            self.plans = self._make_plans(batch, credit, step)
+            key = (self.args.seed, "estimator", step)
+            self.plans = plans_of(self, batch.trajectory, credit, key, inner_steps=self.args.num_iterations)
+            self._metrics |= mismatch_by_step(self.plans[0], self.sampler, self.objective.old)
         planned = time.perf_counter()
         model.train()
         statistics = self.objective.backward(self.denoiser, self.plans[inner % len(self.plans)])  # type: ignore[arg-type]
@@ -216,26 +217,6 @@ class UnmaskTrainer(Trainer):
         self.denoiser.model.eval()
         with whole(self.denoiser):
             return self.collector.collect(step // self.args.num_iterations)
-
-    def _make_plans(self, batch: RolloutBatch, credit: Credit, step: int) -> list[Plan | StepPlan]:
-        """Return the plan of a batch that every inner step reuses, or one for each where canvases are drawn anew."""
-        device, inner_steps = self.denoiser.device, self.args.num_iterations
-        trajectory, credit = batch.trajectory.to(device), credit.to(device)
-        plans: list[Plan | StepPlan] = [
-            self.objective.plan(
-                self.denoiser,
-                self.reference,
-                trajectory,
-                credit,
-                rng=generator(self.args.seed, "estimator", step, inner),
-                sampler=self.sampler,
-                inner=(inner, inner_steps),
-            )
-            for inner in range(inner_steps if self.objective.redraw else 1)
-        ]
-        if isinstance(plans[0], Plan):
-            self._metrics |= mismatch_by_step(plans[0], self.sampler, self.objective.old)
-        return plans
 
     def _report(self, batch: RolloutBatch, step: int) -> None:
         """Add a batch's means over all ranks to the step's metrics, and store its rollouts when due."""

@@ -275,7 +275,7 @@ def test_an_infinite_ratio_is_an_error_and_a_clipped_one_is_not(toys: ModuleType
 @pytest.mark.parametrize(
     ("choices", "match"),
     [
-        ({"bound": "median"}, "objective.bound: 'median' is not one of sum, mean"),
+        ({"bound": "median"}, "objective.bound: bound: unknown part 'median'"),
         ({"old": "yesterday"}, "objective.old"),
         ({"correction": "truncated"}, "set old: recompute"),
         ({"correction": {"name": "clipped"}, "old": "recompute"}, "objective.correction: 'clipped'"),

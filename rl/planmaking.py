@@ -1,0 +1,37 @@
+"""The plans of a batch: one that every inner step reuses, or one for each where canvases are drawn anew."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..rollouts.noise import generator
+from ..rollouts.trajectory import Trajectory
+from .credit import Credit
+from .plan import Plan
+from .planning import StepPlan
+
+if TYPE_CHECKING:
+    from .trainer import UnmaskTrainer
+
+
+def plans_of(
+    trainer: UnmaskTrainer, trajectory: Trajectory, credit: Credit, key: tuple[int, str, int], *, inner_steps: int
+) -> list[Plan | StepPlan]:
+    """Return the plans of a batch for `inner_steps`, their draws keyed by (seed, purpose, step) and inner step.
+
+    Every rank must call this.
+    """
+    device, objective = trainer.denoiser.device, trainer.objective
+    trajectory, credit = trajectory.to(device), credit.to(device)
+    return [
+        objective.plan(
+            trainer.denoiser,
+            trainer.reference,
+            trajectory,
+            credit,
+            rng=generator(*key, inner),
+            sampler=trainer.sampler,
+            inner=(inner, inner_steps),
+        )
+        for inner in range(inner_steps if objective.redraw else 1)
+    ]
