@@ -45,7 +45,8 @@ def attach_adapter(denoiser: Denoiser, config: Any, *, seed: int = 0) -> Denoise
     names = adapted_modules(model)
     kinds = sorted({name.rpartition(".")[2] for name in names})
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("LoRA rank %d on %d modules (%s), %d parameters", config.r, len(names), ", ".join(kinds), trainable)
+    if denoiser.device.type != "meta":
+        logger.info("LoRA rank %d on %d modules (%s), %d parameters", config.r, len(names), ", ".join(kinds), trainable)
     return replace(denoiser, model=model.eval())
 
 

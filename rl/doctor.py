@@ -67,14 +67,15 @@ def doctor(*, model: str | None = None, **options: Any) -> dict[str, Any]:
         problems.append(f"'{TINY}' is missing from this installation: unmask sft tiny_sft.yaml")
     else:
         # Loading runs the self-check too, and raises CheckpointError or SelfCheckError where it fails.
-        checked = self_check(load_denoiser(path, **options))
+        denoiser = load_denoiser(path, **options)
+        checked = {"family": f"{denoiser.family.name}, a {type(denoiser.base).__name__}"} | self_check(denoiser)
         table = Table(path, "self-check")
         for name, value in checked.items():
             table.add_row(name, value)
         console.print(table)
     for problem in problems:
         console.print(f"problem: {problem}", markup=False)
-    fine = "no problems found; next: unmask train quickstart.yaml"
+    fine = f"no problems found; next: unmask train {'quickstart.yaml' if model is None else f'RECIPE model.path={model}'}"
     console.print(f"{len(problems)} problems" if problems else fine)
     return {
         "packages": {name: {"installed": v, "required": w, "fits": f} for name, v, w, f in packages},

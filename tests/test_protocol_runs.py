@@ -102,6 +102,8 @@ def test_batch_size_does_not_matter_and_bits_are_the_same(model: Path) -> None:
     folders = [evaluate(model, f"rollout.micro_batch={size}", samples=2) for size in (1, 4, 64)]
     assert len(set(folders)) == 3, "evaluations of several batch sizes do not share a folder"
     one, *others = (rows_of(folder) for folder in folders)
+    # Another padding rounds log-probs otherwise (benchmarks/batch_spread.py); tokens and what follows from them stay.
+    assert len({len(row["prompt"]) for row in one}) > 1, "prompts of one length never change the padding"
     for other in others:
         assert [{**row, "logprob": None} for row in other] == [{**row, "logprob": None} for row in one]
     assert len({row["completion"] for row in one}) > 6
