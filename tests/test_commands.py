@@ -17,6 +17,8 @@ from unmask.rl import cli
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Its commands use each other's folders: tests/test_docs_evaluating.py runs them as they stand.
+DOCUMENTS.remove(ROOT / "docs" / "evaluating.md")
 # Commands that are run elsewhere; everything else in a block must start with `unmask` and is run here.
 ELSEWHERE = {
     "make": "CI runs every target named here",
