@@ -14,8 +14,8 @@ def check_objective(recipe: Recipe) -> None:
     _check_correction(recipe)
     _check_estimator(recipe)
     _check_drafts(recipe)
-    _check_reference(recipe)
     _check_planner(recipe)
+    _check_reference(recipe)
 
 
 def _check_planner(recipe: Recipe) -> None:

@@ -120,7 +120,7 @@ class Slot:
             parameters = inspect.signature(self.get(name), eval_str=True).parameters.values()
         except (TypeError, NameError) as error:
             raise RecipeError(f"{self.name}: the parameters of '{name}' cannot be read ({error}).") from error
-        hidden = {"rng", "noise", "context", "state", "inner", "credit", "acting"}
+        hidden = {"rng", "noise", "context", "state", "inner_step", "credit", "acting"}
         return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in hidden}
 
     def check(self, choice: Any, where: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -172,7 +172,7 @@ SLOTS: dict[str, Slot] = {
         "cache": "(state, layout, *, ...) -> Recompute",
         "reward": "(*, ...) -> function(prompts, completions, completion_ids, **columns) -> list[float | None]",
         "advantage": "(reward_B, group_B, *, ...) -> advantage_B",
-        "estimator": "(trajectory, *, rng, context, inner, credit, ...) -> Views",
+        "estimator": "(trajectory, *, rng, context, inner_step, credit, ...) -> Views",
         "unit": "(actions) -> unit_A",
         "bound": "(logprob_A, terms, *, ...) -> value_U",
         "surrogate": "(log_ratio_U, advantage_U, *, ...) -> loss_U",

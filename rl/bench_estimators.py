@@ -99,7 +99,7 @@ def _row(
     estimates, gradients = [], []
     for number in range(replicates):
         trajectory = model.trajectory(tokens_CL, torch.arange(count) + number * count)
-        views = estimator(trajectory, rng=generator(model.length, "bench", number), inner=(0, 1))
+        views = estimator(trajectory, rng=generator(model.length, "bench", number), inner_step=(0, 1))
         estimate_C = _estimate(views, replay(model, views).logprob_A)
         gradients.append(_gradient(model, weight_C @ estimate_C))
         estimates.append(estimate_C.detach())

@@ -25,7 +25,7 @@ def drafts(
     *,
     rng: torch.Generator | None,
     context: Sampler | None = None,
-    inner: tuple[int, int] = (0, 1),
+    inner_step: tuple[int, int] = (0, 1),
     credit: Credit | None = None,
     steps: Literal["all", "uniform_k", "top_k"] = "all",
     k: int | None = None,

@@ -24,7 +24,7 @@ def trace(
     *,
     rng: torch.Generator | None,
     context: Sampler | None = None,
-    inner: tuple[int, int] = (0, 1),
+    inner_step: tuple[int, int] = (0, 1),
     steps: Literal["all", "uniform_k"] = "all",
     k: int | None = None,
     merge: int = 1,

@@ -139,7 +139,7 @@ def fully_masked(
     *,
     rng: torch.Generator | None,
     context: Sampler | None = None,
-    inner: tuple[int, int] = (0, 1),
+    inner_step: tuple[int, int] = (0, 1),
     prompt_drop: float = 0.0,
     tokens: Tokens = "until_eos",
     hints: bool = False,
@@ -160,7 +160,7 @@ def random_mask(
     *,
     rng: torch.Generator | None,
     context: Sampler | None = None,
-    inner: tuple[int, int] = (0, 1),
+    inner_step: tuple[int, int] = (0, 1),
     draws: int = 1,
     draw: Literal["stratified", "independent", "bernoulli", "ladder"] = "stratified",
     start: float = 0.1,
@@ -189,7 +189,7 @@ def random_mask(
     if draw == "ladder":
         if not 0 <= start < 1:
             raise RecipeError(f"estimator.start: {start} must lie in [0, 1).")
-        number, of = inner
+        number, of = inner_step
         time_BM = start + (1 - start) * time_BM
         time_BM = time_BM + (1 - time_BM) * (number / (of - 1) if of > 1 else 0.0)
     hidden_BML = bernoulli(frame, time_BM)
@@ -210,7 +210,7 @@ def coupled(
     *,
     rng: torch.Generator | None,
     context: Sampler | None = None,
-    inner: tuple[int, int] = (0, 1),
+    inner_step: tuple[int, int] = (0, 1),
     low: float = 0.2,
     high: float = 0.8,
     normalised: bool = False,
@@ -240,7 +240,7 @@ def antithetic(
     *,
     rng: torch.Generator | None,
     context: Sampler | None = None,
-    inner: tuple[int, int] = (0, 1),
+    inner_step: tuple[int, int] = (0, 1),
     draws: int = 2,
     tokens: Tokens = "until_eos",
 ) -> Views:

@@ -122,7 +122,7 @@ class Objective:
         credit = advantage if isinstance(advantage, Credit) else Credit(advantage)
         _check_inputs(self, reference, trajectory, credit, sampler)
         told = {"credit": credit} if wants(self.estimator, "credit") else {}
-        views = self.estimator(trajectory, rng=rng, context=sampler, inner=inner, **told)
+        views = self.estimator(trajectory, rng=rng, context=sampler, inner_step=inner, **told)
         views = replace(views, trajectory=trajectory.without_drafts())
         if self.old == "rollout" and not views.recorded:
             raise RecipeError("objective.old: an estimator has no log-probs of the rollout's; set recompute or none.")

@@ -23,7 +23,7 @@ def sliced(
     *,
     rng: torch.Generator | None,
     context: Sampler | None = None,
-    inner: tuple[int, int] = (0, 1),
+    inner_step: tuple[int, int] = (0, 1),
     size: int,
     merge: int = 1,
     tokens: Literal["until_eos", "all"] = "until_eos",

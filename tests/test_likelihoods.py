@@ -56,7 +56,7 @@ def views_of(
     name: str, trajectory: Trajectory, *, seed: int = 0, inner: tuple[int, int] = (0, 1), **knobs: object
 ) -> Views:
     estimator = SLOTS["estimator"].build({"name": name, **knobs})
-    return estimator(trajectory, rng=torch.Generator().manual_seed(seed), inner=inner)
+    return estimator(trajectory, rng=torch.Generator().manual_seed(seed), inner_step=inner)
 
 
 def f(toy: Toy, hidden: tuple[int, ...]) -> dict[int, float]:

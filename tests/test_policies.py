@@ -291,5 +291,5 @@ def test_which_reference() -> None:
     assert build_reference(plain, "auto", beta=0.0) is None
     with pytest.raises(RecipeError, match=r"adapter_off needs model.lora; use frozen_copy without an adapter"):
         build_reference(plain, "adapter_off", beta=0.1)
-    with pytest.raises(RecipeError, match=r"'copy' is not one of auto, adapter_off, frozen_copy, none"):
+    with pytest.raises(RecipeError, match=r"'copy' is not one of auto, adapter_off, frozen_copy, old, none"):
         build_reference(plain, "copy", beta=0.1)

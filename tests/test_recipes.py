@@ -44,7 +44,8 @@ def test_a_method_fills_the_objective() -> None:
     assert objective.surrogate == {"name": "ppo_clip", "low": 0.5, "high": 0.5}
     assert (objective.beta, objective.inner_steps, objective.bound) == (0.04, 8, {"name": "sum"})
     assert objective.weight == {"name": "per_step_mean"}
-    assert objective.estimator == {"name": "trace", "steps": "all", "k": None, "tokens": "until_eos"}
+    knobs = {"steps": "all", "k": None, "merge": 1, "block": None, "tokens": "until_eos"}
+    assert objective.estimator == {"name": "trace", **knobs}
 
 
 def test_the_recipes_own_objective_wins_knob_by_knob() -> None:
@@ -244,7 +245,7 @@ def test_a_run_folder_stands_for_its_resolved_recipe(tmp_path: Path) -> None:
 def test_methods_has_only_keys_of_an_objective_and_says_where_it_comes_from() -> None:
     for name, row in load_methods().items():
         texts = {"summary", "source", "departs", "equation", "cost", "bias"}
-        assert {*texts, "objective"} <= set(row) <= {*texts, "objective", "paper"}, name
+        assert {*texts, "objective"} <= set(row) <= {*texts, "objective", "paper", "exploration"}, name
         assert all(isinstance(row[key], str) and row[key] for key in texts), name
         assert set(row["objective"]) <= set(ObjectiveSection.model_fields), name
 
