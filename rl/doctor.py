@@ -75,7 +75,8 @@ def doctor(*, model: str | None = None, **options: Any) -> dict[str, Any]:
         console.print(table)
     for problem in problems:
         console.print(f"problem: {problem}", markup=False)
-    fine = f"no problems found; next: unmask train {'quickstart.yaml' if model is None else f'RECIPE model.path={model}'}"
+    command = "quickstart.yaml" if model is None else f"RECIPE model.path={model}"
+    fine = f"no problems found; next: unmask train {command}"
     console.print(f"{len(problems)} problems" if problems else fine)
     return {
         "packages": {name: {"installed": v, "required": w, "fits": f} for name, v, w, f in packages},

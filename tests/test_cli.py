@@ -120,7 +120,8 @@ def test_sft_evaluate_sample_and_doctor_pass_their_options(calls: list[Any]) -> 
     assert run("doctor", "--json", "doctor.json") == 0
     assert calls[0][0] == "sft" and calls[0][1][0].kind == "sft" and calls[0][2] == {"nproc": 1, "resume": None}
     assert calls[1] == ("evaluate", ("runs/mine",), {"overrides": ["evaluation.temperature=0"], "problems": 64})
-    assert calls[2] == ("sample", ("unmask:tiny",), {"prompt": "1 a+2", "overrides": [], "live": False, "group": 1, "speed": 8.0})
+    shown = {"prompt": "1 a+2", "overrides": [], "live": False, "group": 1, "speed": 8.0}
+    assert calls[2] == ("sample", ("unmask:tiny",), shown)
     nothing = {"model": None, "family": None, "mask_token_id": None, "block_length": None}
     assert calls[3] == ("doctor", (), nothing) and json.loads(Path("doctor.json").read_text()) == {"did": "doctor"}
 
