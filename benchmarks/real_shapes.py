@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +30,25 @@ from unmask.rollouts.trajectory import Trajectory
 
 RECIPES = ["llada8b_lora", "dream7b_lora", "sdar4b_lora"]
 TOLERANCE = 0.15
-# The same path on the shipped model's shape, for a machine without a device: what the tests run.
-TINY = ["rollout.canvas=16", "rollout.prompt_limit=8", "rollout.micro_batch=4", "objective.chunk=3"]
+# The same recipes on shrunk shapes, for a machine without a device: what the tests run.
+TINY = ["model.device=cpu", "model.dtype=float32", "model.mask_token_id=null", "model.lora.rank=2"]
+TINY += ["rollout.canvas=16", "rollout.prompt_limit=8", "rollout.micro_batch=4", "objective.chunk=3"]
+TINY += ["rollout.sampler.schedule={name: blocks, size: 4, per_step: 2}"]
+SHRUNK = {
+    **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16},
+    **{"num_key_value_heads": 2, "vocab_size": 320, "d_model": 64, "mlp_hidden_size": 96, "n_layers": 2, "n_heads": 4},
+    **{"n_kv_heads": 2, "embedding_size": 320, "num_experts": 16, "moe_intermediate_size": 32},
+}
+
+
+def shrunk(path: str, folder: Path) -> str:
+    """Return a folder whose config.json is the published one of `path` with small sizes."""
+    vendor = known_config(path)
+    assert vendor is not None
+    folder.mkdir()
+    sizes = {key: value for key, value in SHRUNK.items() if key in vendor}
+    (folder / "config.json").write_text(json.dumps(vendor | sizes))
+    return str(folder)
 
 
 def random_denoiser(recipe: Recipe, device: torch.device) -> Denoiser:
@@ -47,6 +66,8 @@ def random_denoiser(recipe: Recipe, device: torch.device) -> Denoiser:
                 parameter.zero_()
             else:
                 parameter.normal_(0.0, 0.02, generator=drawn)
+        for buffer in denoiser.model.buffers():
+            buffer.zero_()
     trunk = denoiser.base.base_model
     with torch.device(device):
         trunk.rotary_emb = type(trunk.rotary_emb)(denoiser.base.config)
@@ -134,22 +155,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--steps", type=int, default=4, help="steps of each rollout that the update scores")
-    parser.add_argument(
-        "--tiny", action="store_true", help="the shipped model's shape on the CPU: does the script work"
-    )
+    parser.add_argument("--tiny", action="store_true", help="small shapes on the CPU: does the script work")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     if not arguments.tiny and not torch.cuda.is_available():
         print("real_shapes: there is no CUDA device, so nothing was measured; --tiny runs the same path on the CPU.")
         return
     device = torch.device("cpu" if arguments.tiny else "cuda")
-    names = ["cj_grpo_tiny_arithmetic"] if arguments.tiny else arguments.recipes
     steps = f"objective.estimator={{name: trace, steps: uniform_k, k: {arguments.steps}}}"
     rows, recipes = [], []
-    for name in names:
+    for name in arguments.recipes:
         recipe = load_recipe(name, [steps, *(TINY if arguments.tiny else [])])
         assert isinstance(recipe, Recipe)
-        rows.append(measure(recipe, device))
+        with tempfile.TemporaryDirectory() as folder:
+            if arguments.tiny:
+                recipe.model.path = shrunk(recipe.model.path, Path(folder) / "model")
+            rows.append(measure(recipe, device))
         recipes.append(recipe)
         print(
             {key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True

@@ -15,7 +15,8 @@ from unmask.policies.convert import convert
 from unmask.policies.denoiser import Denoiser
 from unmask.policies.layout import CheckpointError
 from unmask.policies.loading import load_denoiser
-from unmask.policies.tokenizers import byte_tokenizer
+from unmask.policies.templates import TEMPLATES
+from unmask.policies.tokenizers import byte_symbols, byte_tokenizer, prompt_ids
 from unmask.recipes.registry import SLOTS
 from unmask.rl import export as exporting
 from unmask.rl import run
@@ -59,6 +60,71 @@ def test_a_converted_model_is_the_old_one_that_looks_both_ways(autoregressive: P
     blocks = convert(str(autoregressive), tmp_path / "b", attention="block_causal", block_length=1, logit_shift=1)
     assert torch.allclose(blocks.logits(ids)[:, 1:, :261], old(ids).logits[:, :-1], atol=1e-5)
     assert load_denoiser(str(tmp_path / "b")).family == blocks.family
+
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def write_gguf(path: Path, model: Any) -> None:
+    """Write a Llama with the byte vocabulary as llama.cpp's tools do, queries and keys in its order."""
+    gguf, config = pytest.importorskip("gguf"), model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(16)
+    writer.add_vocab_size(config.vocab_size)
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|other|>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*byte_symbols(), "th", *control])
+    writer.add_token_types([1] * 257 + [3] * len(control))
+    writer.add_token_merges(["t h"])
+    writer.add_eos_token_id(259)
+    writer.add_chat_template(TEMPLATES["chatml"].jinja)
+    for name, value in model.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            rows, columns = value.shape
+            value = value.view(rows // 16, 2, 8, columns).transpose(1, 2).reshape(rows, columns)
+        name = name.replace("model.embed_tokens", "token_embd").replace("model.norm", "output_norm")
+        for theirs, own in GGUF_NAMES.items():
+            name = name.replace("model.layers.", "blk.").replace(theirs, own)
+        if name != "lm_head.weight":
+            writer.add_tensor(name, value.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("autoregressive", ["llama"], indirect=True)
+@torch.no_grad()
+def test_a_gguf_file_is_converted_as_its_folder_is(autoregressive: Path, tmp_path: Path) -> None:
+    old = LlamaForCausalLM.from_pretrained(autoregressive)
+    write_gguf(tmp_path / "small.gguf", old)
+    denoiser = convert(str(tmp_path / "small.gguf"), tmp_path / "d")
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    wanted = convert(str(autoregressive), tmp_path / "e").logits(ids)[..., :261]
+    assert torch.allclose(denoiser.logits(ids)[..., :261], wanted, atol=1e-5)
+    family, text = denoiser.family, "plain text, naïve"
+    assert (family.mask_token_id, family.eos_token_ids, family.turn_end_id) == (261, (259,), 259)
+    assert denoiser.tokenizer(text)["input_ids"] == list(text.encode())
+    assert denoiser.tokenizer("oath")["input_ids"] == [*b"oa", 256]
+    assert prompt_ids(denoiser.tokenizer, "hi")[:1] == [258], "the turn's marker is one token"
 
 
 @torch.no_grad()

@@ -104,6 +104,9 @@ def test_cached_block_decoding_is_the_vendors(name: str, attention: str) -> None
         before = len(cache)
         found = denoiser.logits(tensors[step["ids"]][:, first:last], cache=cache, commit=step["store"])
         assert (found - tensors[step["logits"]]).abs().max() <= TOLERANCE, step
+        if before:  # the same block alone, without what is stored
+            blind = denoiser.logits(tensors[step["ids"]][:, first:last])
+            assert (blind - tensors[step["logits"]]).abs().max() > 0.5, step
         assert len(cache) - before == (found.shape[1] if step["store"] else 0)
     assert cache.next_B is not None and cache.next_B.tolist() == [12]
 
