@@ -19,7 +19,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, *arguments: str, name: str = "rea
 
 
 def test_the_path_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every recipe on its family's small shape: with full attention, shifted, in blocks behind a cache, with experts."""
+    """Every recipe on its family's shape in small: full attention, shifted, in blocks behind a cache, with experts."""
     names = ["llada8b_lora", "dream7b_lora", "sdar4b_lora", "llada2_mini_lora"]
     benchmark(monkeypatch, "--tiny", "--steps", "3", "--json", str(tmp_path / "found.json"), "--recipes", *names)
     record = json.loads((tmp_path / "found.json").read_text())
