@@ -250,3 +250,13 @@ if __name__ == "__main__":
     old = re.search(r"(?:\| method \|.*\n)(?:\|.*\n)+", readme.read_text())
     assert old is not None
     readme.write_text(readme.read_text().replace(old[0], method_table()))
+
+
+def test_the_table_of_conversions_is_the_result() -> None:
+    lines = []
+    for row in json.loads((ROOT / "benchmarks" / "results" / "converting.json").read_text())["result"]["rows"]:
+        found = [row[when][kind] for kind in ("exact", "late") for when in ("before", "after")]
+        assert row["after"]["exact"]["mean"] < 0.5 * row["before"]["exact"]["mean"]
+        cells = [f"{loss['mean']:.2f} ± {loss['stderr']:.2f}" for loss in found]
+        lines.append(f"| {row['case']} | {' | '.join(cells)} |")
+    assert "\n".join(lines) in (ROOT / "docs" / "converting.md").read_text()
