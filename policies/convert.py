@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .denoiser import Denoiser
 from .layout import LINEAR_TARGETS, CheckpointError, Family
-from .loading import CLASSES, load_denoiser
+from .loading import CLASSES, load_denoiser, may_be_hub_id
 from .resolving import read_config
 from .saving import whole_folder
 
@@ -100,6 +100,8 @@ def _autoregressive(source: str, dtype: torch.dtype) -> tuple[Any, PreTrainedTok
         read_config(path)
         if not any(path.glob("*.safetensors")):
             raise CheckpointError(f"convert: '{source}' holds no safetensors; pickle weights are not read.")
+    elif not may_be_hub_id(source):
+        raise CheckpointError(f"convert: there is no folder '{source}' (a hub id looks like OWNER/NAME).")
     name = str(path) if path.is_dir() else source
     try:
         kind = AutoConfig.from_pretrained(name, **options).model_type

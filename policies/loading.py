@@ -64,6 +64,11 @@ def is_here(path: str) -> bool:
     return path == TINY or Path(path).expanduser().is_dir()
 
 
+def may_be_hub_id(path: str) -> bool:
+    """Tell whether a path that is no folder could be OWNER/NAME: for others the hub is not asked."""
+    return not path.startswith((".", "/", "~")) and path.count("/") == 1
+
+
 def resolve_path(path: str) -> Path:
     """Return the local folder of a path, `unmask:tiny` or a hub id (downloaded without code files)."""
     if path == TINY:
@@ -75,7 +80,7 @@ def resolve_path(path: str) -> Path:
         return folder
     if Path(path).expanduser().is_dir():
         return Path(path).expanduser()
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not may_be_hub_id(path):
         raise CheckpointError(f"model.path: there is no folder '{path}' (a hub id looks like OWNER/NAME).")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -191,6 +191,9 @@ def test_what_cannot_be_converted(tmp_path: Path) -> None:
         convert(str(tmp_path / "gpt"), tmp_path / "d")
     with pytest.raises(CheckpointError, match="there is no file"):
         convert(str(tmp_path / "model.gguf"), tmp_path / "d")
+    for path in ("nowhere", "./nowhere", "/nowhere/at/all"):  # none can be a hub id, so that the hub is not asked
+        with pytest.raises(CheckpointError, match=f"convert: there is no folder '{path}'"):
+            convert(path, tmp_path / "d")
     with pytest.raises(CheckpointError, match="is not empty"):
         convert(str(tmp_path / "gpt"), tmp_path / "gpt")
 
