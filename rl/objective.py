@@ -46,7 +46,7 @@ class Objective:
     and `masked` 0 above the ceiling or below its inverse; else c_U = 1. The divergence is that of tokens, or `over` a
     unit that of the summed estimates divided by its tokens; `divergence_weight` gives w_X where it is not `weight`'s. A
     reference that is the policy itself is the old policy. With `redraw` an estimator that draws does so anew for
-    each of `inner_steps`. `chunk` views share a forward and a graph; it changes memory and speed, never the gradient.
+    each inner step. `chunk` views share a forward and a graph; it changes memory and speed, never the gradient.
     Gradients of several ranks are to be summed, not averaged. Dropout is up to the caller: with any, ratios of 1 are
     not 1.
     """
@@ -64,7 +64,6 @@ class Objective:
     ceiling: float = 2.0
     old: str = "rollout"
     redraw: bool = False
-    inner_steps: int = 1
     chunk: int = 32
 
     def __post_init__(self) -> None:
@@ -198,7 +197,7 @@ def build_objective(section: Mapping[str, Any]) -> Objective:
     slots = ("estimator", "unit", "bound", "surrogate", "weight", "divergence")
     parts: dict[str, Any] = {slot: SLOTS[slot].build(section[slot], f"objective.{slot}") for slot in slots}
     also = section.get("divergence_weight")
-    plain = ("beta", "over", "old", "redraw", "inner_steps", "chunk")
+    plain = ("beta", "over", "old", "redraw", "chunk")
     return Objective(
         **parts,
         correction=correction["name"],

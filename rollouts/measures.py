@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .categorical import draw_mass
 
-ALWAYS = ("token", "logprob", "best", "confidence", "odds")
-OPTIONAL = ("drawn", "second", "entropy", "eos", "current", "top")
 KEPT = 64  # tokens of a position whose log-probabilities `top` keeps
 # Logits in one chunk of rows: 16 MB in fp32 stays in a CPU's cache, a GPU wants more work a launch.
 CHUNK_ENTRIES = {"cpu": 1 << 22, "other": 1 << 27}
