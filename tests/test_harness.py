@@ -204,10 +204,11 @@ def test_stop_strings_pairs_and_rolling(lm: Any) -> None:
     assert rolled == pytest.approx(sum(parts), rel=1e-12)
 
 
-def test_what_is_said_without_the_package(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_said_without_the_package(toys: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "LM", None)
+    sampler = build_sampler({"schedule": {"name": "blocks", "size": 1, "per_step": 1}})
     with pytest.raises(RecipeError, match=r"pip install 'unmask\[eval\]'"):
-        harness.DenoiserLM(lm.denoiser, lm.sampler, canvas=8)
+        harness.DenoiserLM(toys.Toy(), sampler, canvas=8)
 
 
 @NEEDS_LM_EVAL
