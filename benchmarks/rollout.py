@@ -1,6 +1,7 @@
 """Rollouts against a textbook sampler and with caches, on a random 72 M LLaDA shape: ratios of one run.
 
-python benchmarks/rollout.py [--batch 16] [--canvas 128] [--per-step 8] [--layers 12] [--rounds 2] [--json FILE]
+python benchmarks/rollout.py [--batch 16] [--canvas 128] [--per-step 8] [--layers 12] [--rounds 2]
+    [--only block_causal ...] [--json FILE]
 
 The textbook sampler below is what papers print: a forward over the whole canvas, logits of every position, fp64 noise
 and softmax, no early stop, a Python loop over rows. Both decode greedily, so that their tokens must be identical.
@@ -34,6 +35,7 @@ from unmask.rollouts.worker import pad_left
 
 VOCABULARY, HIDDEN, MLP, HEADS = 32768, 512, 1408, 8
 MASK, EOS = VOCABULARY - 1, VOCABULARY - 2
+CACHES = ("dual", "prefix", "block_causal")
 
 
 @dataclass
@@ -257,26 +259,32 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--no-caches", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=["textbook", *CACHES], default=["textbook", *CACHES])
     arguments = parser.parse_args()
     denoiser, causal = random_denoiser(arguments.layers), random_denoiser(arguments.layers, arguments.block)
-    contenders: dict[str, Callable[[], Contender]] = {
-        "textbook": partial(plainly, denoiser, arguments),
-        "none": partial(roll, denoiser, arguments),
-    }
-    if not arguments.no_caches:
-        contenders |= {cache: partial(roll, denoiser, arguments, cache) for cache in ("dual", "prefix")}
-        contenders["block-causal, none"] = partial(roll, causal, arguments)
-        contenders["block_causal"] = partial(roll, causal, arguments, "block_causal")
+    contenders: dict[str, Callable[[], Contender]] = {}
+    if "textbook" in arguments.only:
+        contenders["textbook"] = partial(plainly, denoiser, arguments)
+    if set(arguments.only) - {"block_causal"}:
+        contenders["none"] = partial(roll, denoiser, arguments)
+    for cache in [cache for cache in CACHES if cache in arguments.only]:
+        model = causal if cache == "block_causal" else denoiser
+        if model is causal:
+            contenders["block-causal, none"] = partial(roll, causal, arguments)
+        contenders[cache] = partial(roll, model, arguments, cache)
     for model in (denoiser, causal):
         warm_up(model, *prompts(arguments.batch), arguments.canvas)
     made = in_turns(contenders, arguments.rounds)
-    found: dict[str, Any] = {"textbook": against_textbook(made["none"], made["textbook"])}
-    if not arguments.no_caches:
-        found["caches"] = [against_uncached(made[cache], made["none"], cache) for cache in ("dual", "prefix")]
-        exact = against_uncached(made["block_causal"], made["block-causal, none"], "block_causal")
-        found["caches"].append(exact)
-    for row in (found["textbook"], *found.get("caches", ())):
+    found: dict[str, Any] = {}
+    if "textbook" in made:
+        found["textbook"] = against_textbook(made["none"], made["textbook"])
+        show(found["textbook"])
+    found["caches"] = [
+        against_uncached(made[cache], made["block-causal, none" if cache == "block_causal" else "none"], cache)
+        for cache in CACHES
+        if cache in made
+    ]
+    for row in found["caches"]:
         show(row)
     keys = ("batch", "canvas", "block", "per_step", "layers", "rounds")
     shape = {key: getattr(arguments, key) for key in keys} | {"hidden": HIDDEN, "vocabulary": VOCABULARY}

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..rewards import OUTCOMES
 from ..rollouts.trajectory import Trajectory
 from ..rollouts.worker import RolloutBatch
+from .runfolder import FILES
 
 CLOCK = "time/"
 # A token that was taken back: its place, id, steps of birth and death, order in its step, log-probability.
@@ -22,7 +23,6 @@ LIFE = {
     **dict.fromkeys(("position", "token", "born", "died", "rank"), pyarrow.int64()),
     "logprob": pyarrow.float32(),
 }
-FILES = ("metrics.jsonl", "timing.jsonl")
 
 
 class Records:

@@ -6,19 +6,19 @@ import html
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
+import yaml
 
 from ..rewards import OUTCOMES
 from .curves import SECTIONS, Section, figures_of
 from .figures import draw
 from .pages import page
-from .records import FILES
-from .runfolder import RunError, write_atomically
+from .runfolder import FILES, RunError, write_atomically
 
 logger = logging.getLogger(__name__)
 SAMPLES = 3  # completions of each outcome
@@ -51,8 +51,9 @@ def report(run: Path, out: Path | None = None, *, refresh_s: int | None = None) 
     """
     found = read_run(run)
     out = out or run / "report.html"
-    body = "\n".join([_head(found), _held_out(found), *map(_section, figures_of(found.records, found.steps))])
-    body += _absent(found) + _samples(found) + _provenance(found)
+    sections = figures_of(found.records, found.steps)
+    body = "\n".join([_head(found), _held_out(found), *map(_section, sections)])
+    body += _absent(sections) + _samples(found) + _provenance(found)
     refresh = refresh_s if found.summary is None else None
     title = f"{run.absolute().name}: report"
     write_atomically(out, page(title, f"<main>{body}</main>", styles=("page.css", "report.css"), refresh_s=refresh))
@@ -75,9 +76,6 @@ def read_run(folder: Path) -> Run:
         raise RunError(f"report: '{folder}' holds no {FILES[0]} and recipe.yaml, so it is not the folder of a run.")
     records = [record for name in FILES for record in _lines(folder / name)]
     recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    from ..recipes.loading import load_recipe
-
-    loaded = load_recipe(folder)
     return Run(
         folder=folder,
         records=sorted(records, key=lambda record: record["step"]),
@@ -85,7 +83,8 @@ def read_run(folder: Path) -> Run:
         manifest=_json(folder / "manifest.json") or {},
         before=_json(folder / "before.json"),
         summary=_json(folder / "summary.json"),
-        steps=getattr(getattr(loaded, "optim", None), "steps", None),
+        # The written recipe has every default in it; building its parts would import torch for this one number.
+        steps=(yaml.safe_load(recipe).get("optim") or {}).get("steps"),
         age_s=time.time() - (folder / FILES[0]).stat().st_mtime,
     )
 
@@ -157,9 +156,9 @@ def _section(section: Section) -> str:
     return f"<section><h2>{html.escape(section.title)}</h2><div class='figures'>{''.join(drawn)}</div></section>"
 
 
-def _absent(run: Run) -> str:
+def _absent(sections: Sequence[Section]) -> str:
     """Return a line on the figures that this run has no records for."""
-    drawn = {figure.title for section in figures_of(run.records, run.steps) for figure in section.figures}
+    drawn = {figure.title for section in sections for figure in section.figures}
     missing = [figure.title for section in SECTIONS for figure in section.figures if figure.title not in drawn]
     return f"<p class='soft'>Without records in this run: {html.escape(', '.join(missing))}.</p>" if missing else ""
 

@@ -14,9 +14,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch  # seconds, which those who only read a run's folder need not wait
 
 PACKAGES = (
     "unmask",
@@ -32,6 +33,7 @@ PACKAGES = (
 )
 
 
+FILES = ("metrics.jsonl", "timing.jsonl")  # what a run records, by step
 COMMAND = "UNMASK_COMMAND"  # the command line of the user, for the processes that torchrun starts
 
 
@@ -103,6 +105,8 @@ def manifest(*, device: torch.device | str, dtype: str, seeds: dict[str, int], *
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    import torch
+
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {

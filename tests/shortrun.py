@@ -45,6 +45,12 @@ run: {directory: runs, log_rollouts_every: 1}
 """
 
 
+def parameters(kinds: dict[str, Any], *, often: Sequence[str]) -> list[Any]:
+    """Return the named kinds as parameters; those not in `often` take long and run with the slow tests."""
+    assert set(often) <= set(kinds)
+    return [pytest.param(kinds[name], id=name, marks=() if name in often else pytest.mark.slow) for name in kinds]
+
+
 def save_model(folder: Path) -> Path:
     """Write a random model of 30 thousand parameters."""
     denoiser = new_denoiser(hidden_size=32, layers=2, heads=2, mlp=64)

@@ -46,7 +46,16 @@ def model() -> Denoiser:
     return made
 
 
-@pytest.mark.parametrize("name", list(load_samplers()))
+# Windows of a block and of the canvas, statistics everywhere, drawn scores and their tail, lists a position, memory.
+KINDS = (
+    *("llada_low_confidence", "dream_entropy", "ass", "entropy_bounded"),
+    *("klass", "credit_decoding", "rho_eos", "saber", "unsupervised_guidance", "odd"),
+)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in load_samplers()]
+)
 def test_a_step_does_not_wait_for_the_device(model: Denoiser, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every wait of a static rollout lies between looks: with one look for all steps there are but a few."""
     section = {**load_samplers()[name]["sampler"], "eos": {"rule": "none"}}
@@ -121,13 +130,6 @@ class Wide:
 
     def head(self, hidden: Tensor) -> Tensor:
         return hidden @ self.matrix_DV
-
-
-# Windows of a block and of the canvas, statistics everywhere, drawn scores and their tail, lists a position, memory.
-KINDS = (
-    *("llada_low_confidence", "dream_entropy", "ass", "entropy_bounded"),
-    *("klass", "credit_decoding", "rho_eos", "saber", "unsupervised_guidance", "odd"),
-)
 
 
 @pytest.mark.parametrize("static", [False, True])

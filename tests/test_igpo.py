@@ -151,9 +151,7 @@ def test_the_update_is_the_formula(
 
 @pytest.mark.parametrize("unit", ["token", "rollout"])
 @pytest.mark.parametrize("filtered", [True, False])
-def test_dropped_hints_have_no_gradient(
-    toys: ModuleType, trajectory: Trajectory, unit: str, filtered: bool
-) -> None:
+def test_dropped_hints_have_no_gradient(toys: ModuleType, trajectory: Trajectory, unit: str, filtered: bool) -> None:
     """Rollout 0 alone: of its six hints one stays; at the other five positions the gradient is 0, to the bit."""
     weight = {"name": "source", "share": 0.2} if filtered else "uniform"
     section = {**load_methods()["igpo"]["objective"], "unit": unit, "weight": weight, "beta": 0.0}

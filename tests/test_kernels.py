@@ -61,7 +61,10 @@ print(json.dumps(worst))
 """
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# The interpreter that stands in for a device takes seconds a case: two of four run every time.
+@pytest.mark.parametrize(
+    "case", [*CASES[:2], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[2:])], ids=str
+)
 def test_the_kernel_gives_the_statistics_of_the_definition(case: dict) -> None:
     """Same draws, same ids; log-probs, odds and entropy to 1e-5 of their size; NaN without a distribution.
 

@@ -46,7 +46,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("overrides", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("overrides", shortrun.parameters(KINDS, often=["adapter"]))
 def test_two_ranks_do_what_one_does(model: Path, overrides: list[str]) -> None:
     recipe = shortrun.recipe(model, "name=two", *BASE, *overrides)
     processes = shortrun.start_ranks(recipe, 2)

@@ -58,6 +58,7 @@ KINDS = {
         "objective={inner_steps: 3, beta: 0.05, chunk: 7}",
     ],
 }
+OFTEN = ("adapter", "all weights", "drafts of steps, tokens taken back")
 
 
 class PowerCut(RuntimeError):
@@ -113,7 +114,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert steps == list(range(1, len(steps) + 1))
 
 
-@pytest.mark.parametrize("overrides", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("overrides", shortrun.parameters(KINDS, often=OFTEN))
 def test_cut_off_between_inner_steps(model: Path, cut_off: Callable[..., Path], overrides: list[str]) -> None:
     # Two of the three inner steps of the second batch are done: their plan is in flight.
     folder = cut_off(5, *overrides)
@@ -121,7 +122,9 @@ def test_cut_off_between_inner_steps(model: Path, cut_off: Callable[..., Path], 
     assert_same(straight(model, *overrides), resume(model, folder, *overrides))
 
 
-@pytest.mark.parametrize("overrides", [[], KINDS["all weights"]], ids=["adapter", "all weights"])
+@pytest.mark.parametrize(
+    "overrides", [[], pytest.param(KINDS["all weights"], marks=pytest.mark.slow)], ids=["adapter", "all weights"]
+)
 def test_killed_at_any_moment(model: Path, overrides: list[str]) -> None:
     slow = [*overrides, "rewards=[{name: 'toyrewards:slow_mean_id'}]", "optim.steps=24", "evaluation.every=0"]
     rng = random.Random(str(overrides))

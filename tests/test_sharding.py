@@ -55,7 +55,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("cases", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("cases", shortrun.parameters(CASES, often=["adapter", "block-causal"]))
 def test_shares_do_what_the_whole_does(cases: list[tuple[str, str, bool]]) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["unmask.rl.launch"])
@@ -87,7 +87,7 @@ def compare(one: Path, two: Path) -> None:
     assert shortrun.distance(one, two) < 1e-6
 
 
-@pytest.mark.parametrize("overrides", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("overrides", shortrun.parameters(KINDS, often=["adapter"]))
 def test_a_sharded_run_is_the_run(model: Path, overrides: list[str]) -> None:
     processes = shortrun.start_ranks(shortrun.recipe(model, "name=two", *BASE, *overrides, "model.sharding=fsdp"), 2)
     run.train(shortrun.recipe(model, "name=one", *BASE, *overrides))
