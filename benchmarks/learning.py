@@ -3,8 +3,8 @@
 python benchmarks/learning.py [--methods NAME ...] [--seeds 3] [--steps 24] [--json FILE] [--plot FILE.png]
 
 Every method gets the same task, sampler, batches, optimizer and learning rate, and about three canvases a rollout and
-update where its estimator has a number to set; none was tuned. Finished runs are read from the result file, so that an
-interrupted benchmark goes on where it stopped.
+update where its estimator has a number to set (some 24 calls make a rollout); none was tuned. Finished runs are read
+from the result file, so that an interrupted benchmark goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from common import RESULTS, mean_and_error, save
 
 BUDGET: dict[str, str] = {
     "cj_grpo": "{name: trace, steps: uniform_k, k: 3}",
+    "mdpo": "{name: drafts, steps: top_k, k: 3, within: window}",
+    "tracerl": "{name: trace, steps: all, merge: 8, tokens: until_eos}",
     "diffu_grpo": "{name: fully_masked, prompt_drop: 0.15}",
     "wd1": "{name: fully_masked, prompt_drop: 0.15}",
     "unigrpo": "{name: random_mask, draws: 3, draw: ladder, start: 0.1}",
@@ -56,6 +58,7 @@ def run(method: str, seed: int, steps: int, overrides: list[str]) -> dict[str, A
         # Rows of forwards: rollouts are drawn once a batch, views scored with a gradient in each update.
         "rollout_rows": sum(nfe) * 64,
         "scored_rows": sum(scored),
+        "calls_a_rollout": sum(nfe) / len(nfe),
         "wall_s": summary["wall_s"],
     }
 
