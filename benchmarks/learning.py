@@ -1,6 +1,6 @@
 """Methods side by side on the shipped model: held-out exact rate after equally many updates, and their forwards.
 
-python benchmarks/learning.py [--methods NAME ...] [--seeds 3] [--steps 24] [--json FILE] [--plot FILE.png]
+python benchmarks/learning.py [--methods NAME ...] [--seeds 3] [--steps 16] [--json FILE] [--plot FILE.png]
 
 Every method gets the same task, sampler, batches, optimizer and learning rate, and about three canvases a rollout and
 update where its estimator has a number to set (some 24 calls make a rollout); none was tuned. Finished runs are read
@@ -30,47 +30,59 @@ BUDGET: dict[str, str] = {
     "spg": "{name: blockwise, size: 16, draws: 3, drop: 0.15}",
     "espo": "{name: antithetic, draws: 2}",
     "bgpo": "{name: random_mask, draws: 3}",
-    "gdpo": "{name: quadrature, nodes: 3}",
 }
-COMMON = ["rollout.prompts=8", "rollout.group=8", "evaluation.problems=256", "run.log_rollouts_every=0"]
+COMMON = ["rollout.prompts=8", "rollout.group=8", "run.log_rollouts_every=0"]
 
 
-def run(method: str, seed: int, steps: int, overrides: list[str]) -> dict[str, Any]:
-    """Train once in a process of its own and return what the summary and the metrics say."""
+def unmask(folder: Path, *words: str) -> dict[str, Any]:
+    """Run a command of unmask in a process of its own and return its JSON."""
+    output = folder / "answer.json"
+    command = [sys.executable, "-m", "unmask.rl.cli", *words, "--json", str(output)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return json.loads(output.read_text())
+
+
+def before(seed: int, problems: int, overrides: list[str]) -> dict[str, Any]:
+    """Return the held-out result that every method of a seed starts from."""
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "summary.json"
-        objective = f"objective={{inner_steps: 2, beta: 0.0, estimator: {BUDGET[method]}}}"
-        command = [sys.executable, "-m", "unmask.rl.cli", "train", "quickstart", f"method={method}", objective]
-        command += [f"run.seed={seed}", f"optim.steps={steps}", f"run.directory={folder}", *COMMON, *overrides]
-        subprocess.run([*command, "--json", str(output)], check=True, stdout=subprocess.DEVNULL)
-        summary = json.loads(output.read_text())
-        records = [json.loads(line) for line in (Path(folder) / "quickstart" / "metrics.jsonl").open()]
+        words = ["quickstart", f"run.seed={seed}", *COMMON, *overrides, "--problems", str(problems)]
+        return unmask(Path(folder), "evaluate", *words)
+
+
+def run(method: str, seed: int, steps: int, problems: int, overrides: list[str]) -> dict[str, Any]:
+    """Train once, evaluate, and return what results and metrics say."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        words = [f"method={method}", f"objective={{inner_steps: 2, beta: 0.0, estimator: {BUDGET[method]}}}"]
+        words += [f"run.seed={seed}", f"optim.steps={steps}", f"run.directory={folder}", *COMMON, *overrides]
+        # The run's own two evaluations are kept small: one of the trained model follows, one of the base is shared.
+        summary = unmask(folder, "train", "quickstart", *words, "evaluation.problems=8")
+        after = unmask(folder, "evaluate", str(folder / "quickstart"), "--problems", str(problems))
+        records = [json.loads(line) for line in (folder / "quickstart" / "metrics.jsonl").open()]
     nfe = [record["rollout/nfe"] for record in records if "rollout/nfe" in record]
-    scored = [record["train/views"] for record in records if "train/views" in record]
     return {
         "method": method,
         "seed": seed,
         "steps": steps,
-        "before": summary["before"]["exact"],
-        "after": summary["after"]["exact"],
-        "n": summary["n"],
+        "after": after["exact"],
+        "n": after["n"],
         "reward": [record["reward/total"] for record in records if "reward/total" in record],
         # Rows of forwards: rollouts are drawn once a batch, views scored with a gradient in each update.
         "rollout_rows": sum(nfe) * 64,
-        "scored_rows": sum(scored),
+        "scored_rows": sum(record["train/views"] for record in records if "train/views" in record),
         "calls_a_rollout": sum(nfe) / len(nfe),
         "wall_s": summary["wall_s"],
     }
 
 
-def table(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def table(runs: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
     """Return means and standard errors over seeds, a row a method."""
     rows = {}
     for method in dict.fromkeys(entry["method"] for entry in runs):
         own = [entry for entry in runs if entry["method"] == method]
-        gains = [entry["after"] - entry["before"] for entry in own]
+        gains = [entry["after"] - base[str(entry["seed"])]["exact"] for entry in own]
         rows[method] = {
-            "before": mean_and_error([entry["before"] for entry in own]),
+            "before": mean_and_error([base[str(entry["seed"])]["exact"] for entry in own]),
             "after": mean_and_error([entry["after"] for entry in own]),
             "gain": mean_and_error(gains),
             "scored_rows": mean_and_error([entry["scored_rows"] for entry in own])["mean"],
@@ -79,14 +91,13 @@ def table(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return rows
 
 
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
+def draw(runs: list[dict[str, Any]], rows: dict[str, Any], path: Path) -> None:
     """Draw the mean reward of a batch against updates, a line a method, and the held-out gain as bars."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = table(runs)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for method in rows:
         curves = [entry["reward"] for entry in runs if entry["method"] == method]
@@ -106,33 +117,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(BUDGET), choices=list(BUDGET))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--problems", type=int, default=256)
     parser.add_argument("--json", type=Path, default=RESULTS / "learning.json")
     parser.add_argument("--plot", type=Path, default=RESULTS / "learning.png")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     runs: list[dict[str, Any]] = []
+    base: dict[str, Any] = {}
     if arguments.json.is_file():
-        runs = json.loads(arguments.json.read_text())["result"]["runs"]
+        found = json.loads(arguments.json.read_text())["result"]
+        runs, base = found["runs"], found["base"]
     for seed in range(arguments.seeds):
+        if str(seed) not in base:
+            base[str(seed)] = before(seed, arguments.problems, arguments.overrides)
+        done = {(entry["method"], entry["seed"], entry["steps"]) for entry in runs}
         for method in arguments.methods:
-            if any(
-                (entry["method"], entry["seed"], entry["steps"]) == (method, seed, arguments.steps) for entry in runs
-            ):
+            if (method, seed, arguments.steps) in done:
                 continue
-            runs.append(run(method, seed, arguments.steps, arguments.overrides))
-            last = runs[-1]
-            print(
-                f"{method} seed {seed}: {last['before']:.3f} -> {last['after']:.3f} in {last['wall_s']:.0f} s",
-                flush=True,
-            )
-            result = {"runs": runs, "rows": table(runs), "common": COMMON, "estimators": BUDGET}
+            runs.append(run(method, seed, arguments.steps, arguments.problems, arguments.overrides))
+            rates = f"{base[str(seed)]['exact']:.3f} -> {runs[-1]['after']:.3f}"
+            print(f"{method} seed {seed}: {rates} in {runs[-1]['wall_s']:.0f} s", flush=True)
+            result = {"runs": runs, "base": base, "rows": table(runs, base), "common": COMMON, "estimators": BUDGET}
             save("learning", result, arguments.json, seeds={"first": 0, "count": arguments.seeds})
-    for method, row in table(runs).items():
+    rows = table(runs, base)
+    for method, row in rows.items():
         gain = row["gain"]
         words = f"gain {gain['mean']:+.3f} ± {gain['stderr']:.3f} (n={gain['n']} seeds)"
         print(f"{method:14} {row['after']['mean']:.3f}  {words}")
-    draw(runs, arguments.plot)
+    draw(runs, rows, arguments.plot)
     print(f"wrote {arguments.json} and {arguments.plot}")
 
 
