@@ -134,6 +134,14 @@ def test_a_killed_evaluation_goes_on(model: Path, monkeypatch: pytest.MonkeyPatc
     assert {name: (whole / "rollouts" / name).stat().st_mtime_ns for name in kept} == kept
 
 
+def test_a_problem_is_the_same_in_whatever_part_it_lies(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request(str(model), protocol(), overrides=("rollout.micro_batch=2",), samples=1)
+    whole = rows_of(evaluating.carry_out(request, folder=Path("one")))
+    monkeypatch.setattr("unmask.rl.evaluation.PART_ROWS", 2)
+    assert len(Evaluating.open(request).parts()) == 3
+    assert rows_of(evaluating.carry_out(request, folder=Path("three"))) == whole
+
+
 def test_shares_of_two_processes_make_the_whole(model: Path) -> None:
     request = Request(str(model), protocol(), overrides=("rollout.micro_batch=32",), samples=3)
     alone = rows_of(evaluating.carry_out(request, folder=Path("one")))
