@@ -323,5 +323,5 @@ def test_every_likelihood_row_is_here() -> None:
     assert {*estimated, "cj_grpo"} - own <= set(CASES) | OTHERS
 
 
-# Rows that tests of their own derive: test_slices.py and test_igpo.py.
-OTHERS = {"tracerl", "tracerl_blocks", "igpo"}
+# Rows that tests of their own derive: test_slices.py, test_value.py and test_igpo.py.
+OTHERS = {"tracerl", "tracerl_blocks", "tracerl_value", "igpo"}
