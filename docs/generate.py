@@ -34,6 +34,19 @@ def write(folder: Path) -> None:
             path.write_text(text, encoding="utf-8")
 
 
+# Published methods that are no row, and why: nothing here is guessed.
+LEFT_OUT = {
+    "DACA-GRPO (arXiv 2605.16342)": "its denoising progress scores and strata are named in the abstract; the equations "
+    "were not at hand, and there is no released code",
+    "RSPO (arXiv 2605.10218)": "the equations were not at hand; what others restate of them leaves open whether the "
+    "log-ratio to the reference is a sum or a mean over tokens, which decides what its lambda of 0.01 means",
+    "d2-AnyOrder (arXiv 2509.21474)": "needs a model that was trained to decode in any order with causal masks; none of "
+    "the families here is",
+    "AGRPO's draw by entropy (arXiv 2510.04019)": "rollouts record no entropies; `agrpo` draws steps uniformly, which "
+    "estimates the same gradient",
+}
+
+
 def methods_index() -> str:
     """Return the page that lists the methods."""
     rows = load_methods()
@@ -45,6 +58,8 @@ def methods_index() -> str:
     ]
     lines += ["| method | what it is |", "|---|---|"]
     lines += [f"| [`{name}`]({name}.md) | {escaped(row['summary'])} |" for name, row in rows.items()]
+    lines += ["", "Left out:", "", "| method | why |", "|---|---|"]
+    lines += [f"| {name} | {escaped(reason)} |" for name, reason in LEFT_OUT.items()]
     return "\n".join([*lines, "", "```{toctree}", ":hidden:", *rows, "```", ""])
 
 

@@ -33,6 +33,7 @@ class Denoiser:
     tokenizer: PreTrainedTokenizerBase
     vendor_config: dict[str, Any] = field(default_factory=dict)
     root: Any = None  # FSDP's root module, which calls a function in its forward, where the weights are whole
+    output: Any = None  # stands in for the output matrix: with an identity, logits are the hidden states it reads
 
     @property
     def base(self) -> Any:
@@ -79,8 +80,7 @@ class Denoiser:
         position_BT = position_ids_BT
         if position_BT is None:
             position_BT = positions(input_ids_BT.shape, padding_mask_BT, start_B, input_ids_BT.device)
-        stored = 0 if cache is None else len(cache)
-        block_BT = block_ids(self.family, position_BT, padding_mask_BT, stored)
+        block_BT = block_ids(self.family, position_BT, padding_mask_BT, 0 if cache is None else len(cache))
         if cache is None:
             mask = block_mask(block_BT, block_BT)
             return self._aligned(self._trunk(input_ids_BT, self._attention(mask), position_BT, store))
@@ -169,7 +169,7 @@ class Denoiser:
         """Return fp32 logits of aligned hidden states `[..., D]`."""
         # ModernBERT has a dense layer and a norm before its output matrix.
         before = getattr(self.base, "head", None)
-        matrix = self.base.get_output_embeddings()
+        matrix = self.base.get_output_embeddings() if self.output is None else self.output
         return self._inside(lambda: matrix(hidden if before is None else before(hidden)).float())
 
     def save(self, directory: str | Path, *, layout: str = "vendor") -> None:

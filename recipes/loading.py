@@ -122,7 +122,7 @@ def _with_method(data: dict[str, Any]) -> dict[str, Any]:
     methods = load_methods()
     if not isinstance(name, str) or name not in methods:
         raise RecipeError(f"method: unknown method {name!r}.{nearest(str(name), list(methods))}")
-    filled = {key: methods[name][key] for key in ("objective", "exploration") if key in methods[name]}
+    filled = {key: methods[name][key] for key in ("objective", "exploration", "value") if key in methods[name]}
     return {**data, **{key: merge(row, data.get(key) or {}) for key, row in filled.items()}}
 
 

@@ -15,6 +15,7 @@ def check_objective(recipe: Recipe) -> None:
     _check_estimator(recipe)
     _check_drafts(recipe)
     _check_planner(recipe)
+    _check_value(recipe)
     _check_reference(recipe)
 
 
@@ -118,6 +119,37 @@ def _check_drafts(recipe: Recipe) -> None:
             "rollout.sampler.length: drafts need a canvas of one length; drop it, or choose estimator trace and an "
             "advantage of rollouts."
         )
+
+
+def _check_value(recipe: Recipe) -> None:
+    """Raise RecipeError where tokens cannot have an advantage of their own, or their steps do not follow each other."""
+    from ..rl.crediting import by_step
+    from ..rollouts.sampler import build_sampler
+
+    if recipe.value is None:
+        return
+    objective, sampler, slot = recipe.objective, recipe.rollout.sampler, SLOTS["advantage"]
+    estimator, unit, advantage = objective.estimator, objective.unit["name"], objective.advantage["name"]
+    if "positions" in objective.actions:
+        raise RecipeError("value: it values tokens, objective.actions are positions; drop the section.")
+    if estimator["name"] not in ("trace", "sliced") or estimator.get("steps", "all") != "all":
+        raise RecipeError(
+            f"value: needs every step of a rollout, estimator '{estimator['name']}' scores others or some of them; use "
+            "trace with steps all, or sliced."
+        )
+    if unit != "token":
+        raise RecipeError(f"value: gives each token its advantage, a ratio over a {unit} has one; set unit to token.")
+    if advantage in slot and by_step(slot.get(advantage)):
+        raise RecipeError(f"value: it values rollouts, advantage '{advantage}' tells steps apart; use group_std.")
+    if sampler.remasking is not None or sampler.editing is not None or sampler.length is not None:
+        raise RecipeError("value: a position that is decided twice has two values; drop remasking, editing and length.")
+    if estimator.get("merge") == 1 and build_sampler(sampler.model_dump()).exact_choice:
+        raise RecipeError(
+            "value: the sampler records choices of positions, which are actions without a token; set "
+            "rollout.sampler.exact to false, or choose a score that does not draw first."
+        )
+    if recipe.value.network == "copy" and recipe.model.sharding != "none":
+        raise RecipeError("value.network: a copy is not shared out among processes; use head, or sharding none.")
 
 
 def _check_reference(recipe: Recipe) -> None:

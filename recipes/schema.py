@@ -19,6 +19,7 @@ from .sections import (
     Section,
     TokenId,
     Tracker,
+    ValueSection,
     listed,
     named,
 )
@@ -225,6 +226,9 @@ class Recipe(Section):
     allow_code_execution: bool = Field(False, description="rewards may run model-written code in a sandbox")
     method: str | None = Field(None, description="row of methods.yaml that fills `objective` (unmask methods)")
     objective: ObjectiveSection = Field(description="the objective; wins over the method's row")
+    value: ValueSection | None = Field(
+        None, description="the value model that advantages of tokens come from; null: none, a method may fill it"
+    )
     planner: PlannerSection | None = Field(None, description="the unmasking policy that is trained; null: none")
     optim: OptimSection = Field(description="optimizer")
     evaluation: EvaluationSection = Field(

@@ -76,6 +76,21 @@ class ExplorationSection(Section):
     )
 
 
+class ValueSection(Section):
+    """The value model, which gives every token an advantage of its own."""
+
+    network: Literal["copy", "head"] = Field(
+        "copy",
+        description="copy: the denoiser once more, trained like the policy, with a scalar head; head: that head alone, "
+        "on the policy's hidden states, which it does not change",
+    )
+    discount: float = Field(1.0, gt=0, le=1, description="factor of the return for each denoising step in between")
+    decay: float = Field(1.0, ge=0, le=1, description="GAE's lambda; 1: reward less value, 0: one step ahead")
+    clip: float = Field(0.2, gt=0, description="how far a value may move on a batch before its loss stops it")
+    lr: float = Field(5.0e-6, gt=0, description="learning rate of the value model (AdamW, constant)")
+    updates: Int = Field(1, ge=1, description="optimizer steps of the value model on each batch, before the policy's")
+
+
 class SamplerSection(Section):
     """How a canvas is unmasked."""
 

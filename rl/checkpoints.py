@@ -188,6 +188,8 @@ class PlanKeeper(TrainerCallback):
         for inner, plan in enumerate(self.trainer.plans):
             save_plan(plan_path(folder, rank(), inner), plan)
         self.trainer.collector.save(folder)
+        if self.trainer.critic is not None:
+            self.trainer.critic.save(folder)
         if self.trainer.denoiser.root is not None:
             save_moments(folder, self.trainer.denoiser.model, kwargs["optimizer"])
         barrier()
@@ -203,6 +205,8 @@ class PlanKeeper(TrainerCallback):
             mark = {"ranks": 1, "records": {}} | json.loads((checkpoint / MARKER).read_text())
             if self.trainer.denoiser.root is not None:
                 load_sharded(checkpoint, self.trainer.denoiser, kwargs["optimizer"])
+            if self.trainer.critic is not None:
+                self.trainer.critic.load(checkpoint)
             if state.global_step % args.num_iterations:
                 self.trainer.plans = self._plans_in_flight(checkpoint, mark["ranks"])
             if rank() == 0 and checkpoint.parent.resolve() == Path(args.output_dir).resolve():

@@ -152,6 +152,7 @@ def _memory_words(recipe: Recipe, nproc: int) -> str:
         "weights": found.weights,
         "adapter": found.adapter,
         "gradients and optimizer": found.optimizer,
+        "value model": found.value,
         "layers gathered for an update": found.gathered,
         "a chunk's activations": found.activations,
         "weights gathered for rollouts": found.whole,

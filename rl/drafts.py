@@ -11,7 +11,7 @@ from torch import Tensor
 from ..recipes.registry import RecipeError
 from ..rollouts.sampler import Sampler
 from ..rollouts.trajectory import Trajectory
-from . import blockwise, slices  # noqa: F401 (importing registers the other estimators)
+from . import blockwise, clean_state, slices  # noqa: F401 (importing registers the other estimators)
 from .credit import Credit
 from .estimators import check_steps, estimator, uniform_k
 from .views import Views

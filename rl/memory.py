@@ -46,11 +46,12 @@ class Estimate:
     rollout: int
     gathered: int = 0
     whole: int = 0
+    value: int = 0
 
     @property
     def total(self) -> int:
         """The peak of an update or of a rollout, whichever is larger, in bytes."""
-        kept = self.weights + self.adapter + self.optimizer
+        kept = self.weights + self.adapter + self.optimizer + self.value
         return kept + max(self.gathered + self.activations, self.whole + self.rollout)
 
 
@@ -68,6 +69,7 @@ def estimate(recipe: Recipe, ranks: int = 1) -> Estimate | None:
     adapted = isinstance(denoiser.model, PeftModel)
     trained = sum(p.numel() * _kept(p, sharded) for p in parameters if p.requires_grad)
     frozen = _quantized(denoiser) if recipe.model.quantization else _bytes(p for p in parameters if not p.requires_grad)
+    value = _value(recipe, denoiser, frozen, trained)
     kind = recipe.objective.reference
     if recipe.objective.beta > 0 and (kind == "frozen_copy" or (kind != "old" and not adapted)):
         frozen += frozen + trained if adapted else _bytes(parameters)
@@ -85,7 +87,18 @@ def estimate(recipe: Recipe, ranks: int = 1) -> Estimate | None:
         rollout=4 * chunk * 4 + _store(denoiser, recipe),
         gathered=_gathered(denoiser) if sharded else 0,
         whole=_bytes(parameters) if sharded else 0,
+        value=value,
     )
+
+
+def _value(recipe: Recipe, denoiser: Denoiser, frozen: int, trained: int) -> int:
+    """Return the bytes of a value model that is a copy of the policy, with its optimizer; a head alone is nothing."""
+    if recipe.value is None or recipe.value.network == "head":
+        return 0
+    head = denoiser.base.get_output_embeddings().weight
+    dropped = 0 if head is denoiser.base.get_input_embeddings().weight else _bytes([head])
+    moments = GRADIENT_AND_MOMENTS * (trained - (dropped if head.requires_grad else 0))
+    return frozen + trained - dropped + moments
 
 
 def _kept(parameter: Any, sharded: bool) -> int:

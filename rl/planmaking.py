@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..rollouts.noise import generator
 from ..rollouts.trajectory import Trajectory
 from .credit import Credit
+from .objective import Objective
 from .plan import Plan
 from .planning import StepPlan
 
@@ -23,6 +24,8 @@ def plans_of(
     """
     device, objective = trainer.denoiser.device, trainer.objective
     trajectory, credit = trajectory.to(device), credit.to(device)
+    if trainer.critic is not None and isinstance(objective, Objective):
+        credit = trainer.critic.credit(trainer.denoiser, objective, trajectory, credit, trainer.sampler)
     return [
         objective.plan(
             trainer.denoiser,

@@ -39,6 +39,7 @@ from .settings import cpu_backend, device_of, rewards_of, scoring_of
 from .sharding import gathered, save_trained
 from .targets import evaluation_worker, load_policy, open_target
 from .trainer import UnmaskTrainer
+from .value import ValueSettings
 
 logger = logging.getLogger(__name__)
 WORKER = "UNMASK_WORKER"  # set in the processes that torchrun starts for us
@@ -133,6 +134,7 @@ def build_trainer(recipe: Recipe, folder: Path) -> UnmaskTrainer:
         start=SLOTS["canvas"].build(recipe.rollout.start, "rollout.start"),
         exploration=build_exploration(recipe.exploration.model_dump()),
         planning=build_planning(recipe, denoiser),
+        value=None if recipe.value is None else ValueSettings(**recipe.value.model_dump()),
         optim={"name": recipe.optim.optimizer, "matrix_lr": recipe.optim.matrix_lr, "betas": tuple(recipe.optim.betas)},
     )
 

@@ -49,6 +49,7 @@ from .sharding import (
     whole,
 )
 from .trainer_inputs import as_rows, check_group, check_shares, heldout_of, prepare, rewards_of, steps_of
+from .value import ValueSettings, build_critic
 
 
 class UnmaskTrainer(Trainer):
@@ -59,7 +60,7 @@ class UnmaskTrainer(Trainer):
     adapts the family's linear layers. `sampler` (at the temperature of `args`), `objective` and `advantage` default to
     blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean; `start` is a canvas part (default: masks), and
     `exploration` what is done for groups that fail or tell nothing (default: nothing). One `training_step` is one step.
-    With `planning` the planner is `learned`, that is optimised and checkpointed.
+    With `planning` the planner is `learned`, that is optimised and checkpointed; a `value` model learns beside it all.
     """
 
     args: UnmaskConfig
@@ -84,6 +85,7 @@ class UnmaskTrainer(Trainer):
         start: Callable[..., Start] | None = None,
         exploration: Exploration | None = None,
         planning: Planning | None = None,
+        value: ValueSettings | None = None,
     ) -> None:
         self.denoiser = denoiser = prepare(model, peft_config, args.seed)
         scoring = scoring or ScoringConfig()
@@ -98,7 +100,7 @@ class UnmaskTrainer(Trainer):
         self.planning, (self.sampler, tested) = planning, samplers_of(planning, sampler, tested)
         self.objective: Objective | Planning = planning or objective or default_objective(args, self.sampler)
         self.learned: Any = denoiser.model if planning is None else planning.learner
-        self.advantage, self.optim = advantage, optim or {}
+        self.advantage, self.optim, self.value = advantage, optim or {}, value
         self.worker = RolloutWorker(
             denoiser=denoiser,
             tokenizer=processing_class or denoiser.tokenizer,
@@ -135,6 +137,7 @@ class UnmaskTrainer(Trainer):
         if args.sharding == "fsdp":
             require_shardable(self.denoiser, self.optim.get("name", "adamw"))
         self.reference: Any = build_reference(self.denoiser, args.reference, beta=self.objective.beta)
+        self.critic = build_critic(self.value, self.denoiser, self.optim, args.max_grad_norm)
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
         self.progress = Progress()
@@ -201,6 +204,7 @@ class UnmaskTrainer(Trainer):
             key = (self.args.seed, "estimator", step)
             self.plans = plans_of(self, batch.trajectory, credit, key, inner_steps=self.args.num_iterations)
             self._metrics |= mismatch_by_step(self.plans[0], self.sampler, self.objective.old)
+            self._metrics |= {} if self.critic is None else self.critic.metrics
         planned = time.perf_counter()
         model.train()
         statistics = self.objective.backward(self.denoiser, self.plans[inner % len(self.plans)])  # type: ignore[arg-type]

@@ -5,11 +5,14 @@ of its view, and the exact weight of each rollout if the estimator kept all its 
 `mass_B`, and the loss is divided by the sum of `mass_B` over all rollouts of all ranks. Only those marked `scaled` add
 up to something else: their method divides by a number that is no sum of weights.
 
-Those marked `by_entropy` also read `entropy_K`, of the old policy, where there are hints; tokens to which they give
-weight 0 are taken out of the views.
+Those marked `by_entropy` also read `entropy_K`, of the old policy, where there are hints; those marked `by_chance`
+take `logprob_K`, the old policy's of every token, as second argument. Tokens to which they give weight 0 are taken out
+of the views.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -110,8 +113,34 @@ def drawn(views: Views, *, elbo: bool = True, confidence: bool = True) -> tuple[
     return weight_K, (views.views_B > 0).float()
 
 
-for other in (per_canvas, drawn):
+@weight.register
+def per_step_sum(views: Views) -> tuple[Tensor, Tensor]:
+    """1 / S_b: a mean over rollouts of the mean over steps of the sum over a step's tokens (AGRPO)."""
+    share_N = 1.0 / (views.views_B[views.row_N] * views.inclusion_N)
+    return share_N[views.view_K], (views.views_B > 0).float()
+
+
+for other in (per_canvas, drawn, per_step_sum):
     other.scaled = True  # type: ignore[attr-defined]
+
+
+@weight.register
+def confident(views: Views, logprob_K: Tensor | None = None, *, level: float = 0.6) -> tuple[Tensor, Tensor]:
+    """1 / (n_t S_b) for tokens that the old policy gives at least `level`, and those that the step decided (RLDF).
+
+    A mean over rollouts, their scored steps and the n_t tokens that are kept of a step; the others have weight 0 and
+    are taken out. On a rollout's own canvases each token is one that its step decided, and this is `per_step_mean`.
+    """
+    if not 0 <= level <= 1:
+        raise RecipeError(f"weight.level: {level} must lie in [0, 1].")
+    own_K = views.trajectory.born_BL[views.row_K, views.position_K] == views.step_N[views.view_K]
+    kept_K = torch.ones_like(own_K) if logprob_K is None else own_K | (logprob_K >= math.log(max(level, 1e-30)))
+    count_N = torch.zeros_like(views.inclusion_N).index_add(0, views.view_K, kept_K.to(views.inclusion_N.dtype))
+    share_N = 1.0 / (count_N * views.views_B[views.row_N] * views.inclusion_N)
+    return kept_K * share_N[views.view_K], (views.views_B > 0).float()
+
+
+confident.by_chance = True  # type: ignore[attr-defined]
 
 
 @weight.register

@@ -54,6 +54,9 @@ class Case:
         logits = (canvas[state, i] + prompt[int(self.prompt[n].sum()) % 5])[:V]
         return float(logits[self.tokens[self.row[n], i]] - np.log(np.exp(logits).sum()))
 
+    def at(self, n: int) -> list[int]:
+        return [i for i in range(L) if self.scored[n, i]]
+
     def score(self, which: Any, n: int) -> list[float]:
         return [self.f(which, n, i) for i in range(L) if self.scored[n, i]]
 
@@ -70,8 +73,8 @@ def group_mean() -> Array:
     return REWARD - np.array([REWARD[g == GROUP].mean() for g in GROUP])
 
 
-def group_std() -> Array:
-    return group_mean() / np.array([REWARD[g == GROUP].std(ddof=1) + 1e-4 for g in GROUP])
+def group_std(eps: float = 1e-4) -> Array:
+    return group_mean() / np.array([REWARD[g == GROUP].std(ddof=1) + eps for g in GROUP])
 
 
 def leave_one_out() -> Array:
@@ -195,6 +198,44 @@ def gdpo(case: Case, now: Any) -> float:
     return float(np.mean(losses))
 
 
+def agrpo(case: Case, now: Any) -> float:
+    """Mean over a rollout's drawn steps of the sum over a step's tokens; without an advantage nothing is scored."""
+    a, losses = group_mean(), []
+    for b in range(6):
+        parts = [
+            sum(clip(np.exp(case.f(now, n, i) - case.f("old", n, i)), a[b], 0.2, 0.2) for i in case.at(n))
+            for n in case.of(b)
+        ]
+        assert len(parts) == (min(2, ENDS[b]) if a[b] else 0)
+        losses.append(np.mean(parts) if parts else 0.0)
+    return float(np.mean(losses))
+
+
+def d2_stepmerge(case: Case, now: Any) -> float:
+    """GRPO over tokens, each on the canvas before its part of two steps."""
+    for n, b in enumerate(case.row):
+        first = int((case.canvas[n] != MASK).sum())
+        assert first % 2 == 0 and np.flatnonzero(case.scored[n]).tolist() == list(range(first, min(first + 2, ENDS[b])))
+    return tokenwise(case, now, group_mean(), 0.5, 0.04) / sum(ENDS)
+
+
+def rldf(case: Case, now: Any) -> float:
+    """Mean over rollouts, steps and kept tokens: all masked ones of old probability 0.3, and the step's own."""
+    z, losses, dropped = group_std(1e-8), [], 0
+    for b in range(6):
+        steps = []
+        for n in case.of(b):
+            masked = [i for i in range(ENDS[b]) if case.canvas[n, i] == MASK]
+            kept = [i for i in masked if i == masked[0] or case.f("old", n, i) >= np.log(0.3)]
+            dropped += len(masked) - len(kept)
+            tokens = [(case.f(now, n, i), case.f("old", n, i), case.f("held", n, i)) for i in kept]
+            steps.append(np.mean([clip(np.exp(x - y), z[b], 0.2, 0.2) + 0.01 * k3(x, h) for x, y, h in tokens]))
+        assert len(steps) == min(2, ENDS[b])
+        losses.append(np.mean(steps))
+    assert dropped
+    return float(np.mean(losses))
+
+
 def ebpo(case: Case, now: Any) -> float:
     """Blocks of two positions: B_b / k_b a hidden token, two draws, ratio of the summed ELBO."""
     a, losses = group_std(), []
@@ -221,6 +262,9 @@ CASES: dict[str, tuple[Callable[[Case, Any], float], dict[str, Any]]] = {
     "bgpo": (bgpo, {"estimator": {"name": "random_mask", "draws": 4}}),
     "gdpo": (gdpo, {}),
     "justgrpo": (justgrpo, {}),
+    "agrpo": (agrpo, {"estimator": {"name": "trace", "steps": "uniform_k", "k": 2}, "old": "recompute"}),
+    "d2_stepmerge": (d2_stepmerge, {"estimator": {"name": "trace", "merge": 2}}),
+    "rldf": (rldf, {"estimator": {"name": "clean_state", "k": 2}, "weight": {"name": "confident", "level": 0.3}}),
     "ebpo": (ebpo, {"estimator": {"name": "block_elbo", "size": 2, "draws": 2}}),
 }
 
@@ -320,8 +364,8 @@ def test_every_likelihood_row_is_here() -> None:
     rows = load_methods()
     estimated = {name for name, row in rows.items() if row["objective"]["old"] != "rollout"}
     own = {name for name in rows if name.startswith("trace")}
-    assert {*estimated, "cj_grpo"} - own <= set(CASES) | OTHERS
+    assert {*estimated, "cj_grpo", "agrpo"} - own <= set(CASES) | OTHERS
 
 
-# Rows that tests of their own derive: test_slices.py and test_igpo.py.
-OTHERS = {"tracerl", "tracerl_blocks", "igpo"}
+# Rows that tests of their own derive: test_slices.py, test_value.py and test_igpo.py.
+OTHERS = {"tracerl", "tracerl_blocks", "tracerl_value", "igpo"}

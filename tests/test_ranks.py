@@ -39,6 +39,11 @@ KINDS = {
         "objective.estimator={name: trace, steps: uniform_k, k: 2}",
         "objective.weight=uniform",
     ],
+    "a value model": [
+        "method=tracerl_value",
+        "objective={inner_steps: 2, estimator: {name: trace, merge: 2}}",
+        "value={lr: 1e-2, updates: 2, decay: 0.8, discount: 0.9}",
+    ],
     "estimated views, bounds of a rollout, one scale for all groups": [
         "method=spg",
         "objective={inner_steps: 2, estimator: {name: blockwise, size: 4, draws: 2}, advantage: batch_std}",

@@ -245,7 +245,7 @@ def test_a_run_folder_stands_for_its_resolved_recipe(tmp_path: Path) -> None:
 def test_methods_has_only_keys_of_an_objective_and_says_where_it_comes_from() -> None:
     for name, row in load_methods().items():
         texts = {"summary", "source", "departs", "equation", "cost", "bias"}
-        assert {*texts, "objective"} <= set(row) <= {*texts, "objective", "paper", "exploration"}, name
+        assert {*texts, "objective"} <= set(row) <= {*texts, "objective", "paper", "exploration", "value"}, name
         assert all(isinstance(row[key], str) and row[key] for key in texts), name
         assert set(row["objective"]) <= set(ObjectiveSection.model_fields), name
 

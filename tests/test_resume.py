@@ -52,6 +52,18 @@ KINDS = {
         "objective.estimator={name: trace, merge: 3}",
         "objective.beta=0.1",
     ],
+    "a value model": [
+        "method=tracerl_value",
+        "objective.estimator.merge=3",
+        "value={lr: 1e-2, updates: 2, decay: 0.9}",
+    ],
+    "a value head": [
+        "model.lora=null",
+        "optim.lr=1e-3",
+        "method=tracerl_value",
+        "objective.estimator.merge=1",
+        "value={network: head, lr: 1e-2}",
+    ],
     "muon": ["optim.optimizer=muon"],
     "canvases drawn anew for each inner step": [
         "method=coupled_grpo",

@@ -34,6 +34,7 @@ WHOLE = ["model.lora=null", "optim.lr=1e-3", "optim.weight_decay=0.1", "objectiv
 KINDS = {
     "adapter": ["objective.chunk=5"],
     "all weights, reference, ratio of a rollout": [*WHOLE, "objective.unit=rollout", "objective.chunk=7"],
+    "a value head": ["method=tracerl_value", "objective.estimator.merge=2", "value={network: head, lr: 1e-2}"],
 }
 CASES = {
     "adapter": [("gradients", "tiny", True), ("forwards", "tiny", True), ("memory", "", True)],
