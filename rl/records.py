@@ -43,6 +43,10 @@ class Records:
             if path.is_file() and path.stat().st_size > lengths.get(name, 0):
                 os.truncate(path, lengths.get(name, 0))
 
+    def read(self) -> list[dict[str, Any]]:
+        """Return the records of `metrics.jsonl`."""
+        return read_lines(self.folder / FILES[0])
+
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one step's values, clock readings to the other file."""
         clocks = {key: value for key, value in values.items() if key.startswith(CLOCK)}
@@ -51,6 +55,14 @@ class Records:
             if record:
                 with (self.folder / name).open("a") as file:
                     file.write(json.dumps({"step": step, **record}) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSON-lines file; a last line that is not whole yet is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def rollout_table(batch: RolloutBatch, step: int) -> dict[str, Any]:
@@ -120,6 +132,7 @@ def batch_metrics(batch: RolloutBatch) -> dict[str, tuple[float, int]]:
     values = {name: (value, count) for name, value in batch.metrics.items()}
     if "rollout/logprob" in batch.metrics:  # a mean over tokens
         values["rollout/logprob"] = (batch.metrics["rollout/logprob"], int(batch.trajectory.action_BL("all").sum()))
+    values["rollout/empty"] = (sum(not text.strip() for text in batch.completions) / max(count, 1), count)
     values["reward/total"] = _mean(rewards.total_B)
     for name, value_B in rewards.components().items():
         values[name] = _mean(value_B)

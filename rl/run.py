@@ -49,6 +49,8 @@ CHANGEABLE = (
     "model.attention",
     "rollout.micro_batch",
     "objective.chunk",
+    "objective.ratio_limit",
+    "alarms",
     "optim.steps",
     "run.directory",
     "run.keep",
@@ -133,6 +135,7 @@ def build_trainer(recipe: Recipe, folder: Path) -> UnmaskTrainer:
         start=SLOTS["canvas"].build(recipe.rollout.start, "rollout.start"),
         exploration=build_exploration(recipe.exploration.model_dump()),
         planning=build_planning(recipe, denoiser),
+        alarms=recipe.alarms,
         optim={"name": recipe.optim.optimizer, "matrix_lr": recipe.optim.matrix_lr, "betas": tuple(recipe.optim.betas)},
     )
 
