@@ -7,6 +7,7 @@ from typing import Any
 
 from .correcting import check_density, correction_notes
 from .objectivechecks import check_objective
+from .preferences import PreferenceRecipe, check_preference
 from .registry import SLOTS, RecipeError
 from .schema import EvaluationSection, Recipe, SftEvaluationSection, SftRecipe
 from .sections import SamplerSection
@@ -16,8 +17,13 @@ POSITIONAL_SCORES = {"random", "left_to_right"}
 POSITIONAL_SELECTIONS = {"top", "all", "plackett_luce", "entropy_budget"}
 
 
-def check_recipe(recipe: Recipe | SftRecipe) -> None:
+def check_recipe(recipe: Recipe | SftRecipe | PreferenceRecipe) -> None:
     """Raise RecipeError at the first contradiction of a recipe whose sections and parts are valid by themselves."""
+    if isinstance(recipe, PreferenceRecipe):
+        check_preference(recipe)
+        _check_model(recipe.model)
+        _check_optim(recipe.optim)
+        return
     if isinstance(recipe, SftRecipe):
         _check_sft(recipe)
         return
@@ -32,7 +38,7 @@ def check_recipe(recipe: Recipe | SftRecipe) -> None:
     _check_evaluation(recipe.evaluation, recipe.rollout.canvas, "rollout.canvas")
 
 
-def check_world(recipe: Recipe | SftRecipe, ranks: int) -> None:
+def check_world(recipe: Recipe | SftRecipe | PreferenceRecipe, ranks: int) -> None:
     """Raise RecipeError when a batch cannot be shared evenly by `ranks` processes; called at launch."""
     if ranks < 1:
         raise RecipeError(f"nproc: {ranks} is no number of processes; use 1 or more.")
@@ -41,11 +47,12 @@ def check_world(recipe: Recipe | SftRecipe, ranks: int) -> None:
             "model.sharding: fsdp shares the weights among processes and there is one; start several (--nproc 8), or "
             "set model.sharding to none."
         )
-    where, rows, what = (
-        ("sft.batch", recipe.sft.batch, "rows")
-        if isinstance(recipe, SftRecipe)
-        else ("rollout.prompts", recipe.rollout.prompts, "prompts (a group stays on one process)")
-    )
+    if isinstance(recipe, Recipe):
+        where, rows, what = "rollout.prompts", recipe.rollout.prompts, "prompts (a group stays on one process)"
+    elif isinstance(recipe, SftRecipe):
+        where, rows, what = "sft.batch", recipe.sft.batch, "rows"
+    else:
+        where, rows, what = "preference.batch", recipe.preference.batch, "pairs"
     if rows % ranks:
         raise RecipeError(
             f"{where}: {rows} {what} cannot be shared evenly by {ranks} processes; "
@@ -85,14 +92,17 @@ def check_data(recipe: Recipe | SftRecipe) -> dict[str, Any]:
     return row
 
 
-def notes(recipe: Recipe | SftRecipe) -> list[str]:
+def notes(recipe: Recipe | SftRecipe | PreferenceRecipe) -> list[str]:
     """Return what is allowed but probably not meant, one sentence each."""
+    due = {"run.save_every": recipe.run.save_every}
+    if not isinstance(recipe, PreferenceRecipe):
+        due["evaluation.every"] = recipe.evaluation.every
     found = [
         f"{key} {value} exceeds optim.steps {recipe.optim.steps}, so it only happens at the end."
-        for key, value in (("run.save_every", recipe.run.save_every), ("evaluation.every", recipe.evaluation.every))
+        for key, value in due.items()
         if value > recipe.optim.steps
     ]
-    if isinstance(recipe, SftRecipe):
+    if not isinstance(recipe, Recipe):
         return found
     objective, eos = recipe.objective, recipe.rollout.sampler.eos
     if objective.beta == 0 and objective.reference not in ("auto", "none"):

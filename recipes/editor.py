@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter
 
-from .loading import import_parts, load_methods, load_samplers
+from .loading import KINDS, import_parts, load_methods, load_samplers
 from .registry import SLOTS
-from .schema import Recipe, RewardEntry, SftRecipe
+from .schema import RewardEntry
 from .sections import MARK
 
 OUTSIDE = {"type": "string", "pattern": "^[A-Za-z_][\\w.]*:[A-Za-z_]\\w*$"}
@@ -20,10 +20,10 @@ OUTSIDE = {"type": "string", "pattern": "^[A-Za-z_][\\w.]*:[A-Za-z_]\\w*$"}
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of recipe files, which may leave to the method what it fills.
 
-    A `kind: sft` recipe is checked as SftRecipe, any other as Recipe. A part is a name or an object.
+    A recipe is checked as what its `kind` says, rl without one. A part is a name or an object.
     """
     definitions: dict[str, Any] = {}
-    for model in (Recipe, SftRecipe):
+    for model in KINDS.values():
         schema = model.model_json_schema(ref_template="#/$defs/{model}")
         definitions |= schema.pop("$defs", {})
         definitions[model.__name__] = schema
@@ -37,10 +37,17 @@ def recipe_schema() -> dict[str, Any]:
         "title": "unmask recipe",
         "$defs": definitions,
         "type": "object",
-        "if": {"properties": {"kind": {"const": "sft"}}, "required": ["kind"]},
-        "then": {"$ref": "#/$defs/SftRecipe"},
-        "else": {"$ref": "#/$defs/Recipe"},
+        **_by_kind(),
     }
+
+
+def _by_kind() -> dict[str, Any]:
+    """Return the choice among the kinds of recipes, of which rl need not be named."""
+    found: dict[str, Any] = {"$ref": f"#/$defs/{KINDS['rl'].__name__}"}
+    for kind in reversed([kind for kind in KINDS if kind != "rl"]):
+        asked = {"properties": {"kind": {"const": kind}}, "required": ["kind"]}
+        found = {"if": asked, "then": {"$ref": f"#/$defs/{KINDS[kind].__name__}"}, "else": found}
+    return found
 
 
 def schema_text() -> str:

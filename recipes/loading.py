@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from .explaining import explain
+from .preferences import PreferenceRecipe
 from .reading import apply_override, find_recipe, merge, parse_yaml, read_mapping
 from .registry import SLOTS, RecipeError, nearest
 from .schema import Recipe, RewardEntry, SftEvaluationSection, SftRecipe
@@ -47,11 +48,12 @@ PART_MODULES = {
     "divergence": "rl.divergences",
     "weight": "rl.weights",
 }
-KINDS: dict[str, type[Recipe] | type[SftRecipe]] = {"rl": Recipe, "sft": SftRecipe}
+AnyRecipe = Recipe | SftRecipe | PreferenceRecipe
+KINDS: dict[str, type[AnyRecipe]] = {"rl": Recipe, "sft": SftRecipe, "preference": PreferenceRecipe}
 PLAIN = (type(None), bool, int, float, str, list, tuple, dict)
 
 
-def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe | SftRecipe:
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Return the resolved recipe of a file, a run folder or a shipped name, with `key.path=value` overrides applied.
 
     The method's row lies under `objective`, every part is checked against its registry and carries all its knobs,
@@ -61,7 +63,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     return parse_recipe(text, overrides, source=source)
 
 
-def parse_recipe(text: str, overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe | SftRecipe:
+def parse_recipe(text: str, overrides: Sequence[str] = (), *, source: str = "recipe") -> AnyRecipe:
     """Return the resolved recipe of a YAML text; see `load_recipe`."""
     data = read_mapping(text, source)
     written = typing.cast("dict[str, Any]", parse_yaml(text, source))
@@ -74,11 +76,9 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, source: str = "rec
         raise RecipeError(f"{source}: {error}") from error
 
 
-def resolve(data: dict[str, Any]) -> Recipe | SftRecipe:
+def resolve(data: dict[str, Any]) -> AnyRecipe:
     """Return the resolved recipe of a plain dictionary; see `load_recipe`."""
     kind = data.get("kind", "rl")
-    if kind == "preference":
-        raise RecipeError("kind: pairs of completions are trained on by `unmask prefer`, not by this command.")
     if not isinstance(kind, str) or kind not in KINDS:
         raise RecipeError(f"kind: {kind!r} is not one of {', '.join(KINDS)}.{nearest(str(kind), list(KINDS))}")
     written = data.get("objective")
@@ -103,7 +103,7 @@ def check_parts(section: BaseModel) -> None:
         place.put(_checked(place))
 
 
-def dump_recipe(recipe: Recipe | SftRecipe) -> str:
+def dump_recipe(recipe: AnyRecipe) -> str:
     """Return the recipe as YAML; loading it gives an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from .explaining import explain
-from .reading import apply_override, find_recipe, read_mapping
 from .registry import RecipeError
 from .schema import ModelSection, OptimSection, RunSection
 from .sections import Int, RunName, Section
@@ -55,22 +51,6 @@ class PreferenceRecipe(Section):
     run: RunSection = Field(
         default_factory=lambda: RunSection.model_validate({}), description="seeds, checkpoints, logs"
     )
-
-
-def load_preference(path_or_name: str | Path, overrides: Sequence[str] = ()) -> PreferenceRecipe:
-    """Return the checked preference recipe of a file with `key.path=value` overrides; RecipeError for a wrong one."""
-    text, source = find_recipe(path_or_name)
-    data = read_mapping(text, source)
-    for override in overrides:
-        apply_override(data, override)
-    try:
-        recipe = PreferenceRecipe.model_validate(data)
-        check_preference(recipe)
-    except ValidationError as error:
-        raise RecipeError(f"{source}: {explain(error, PreferenceRecipe)}") from error
-    except RecipeError as error:
-        raise RecipeError(f"{source}: {error}") from error
-    return recipe
 
 
 def check_preference(recipe: PreferenceRecipe) -> None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from .planning import PlannerSection
 from .sections import (
     NO_TRACKER,
+    AlarmsSection,
     Count,
     ExplorationSection,
     InSlot,
@@ -167,6 +168,9 @@ class ObjectiveSection(Section):
         "rollout", description="where the ratio's denominator comes from; none: 1, for surrogates without a ratio"
     )
     chunk: Int = Field(32, ge=1, description="views of one training forward")
+    ratio_limit: float | None = Field(
+        1.0e4, gt=1, description="importance ratio of a unit beyond which the run stops; null: none"
+    )
 
 
 class OptimSection(Section):
@@ -233,6 +237,9 @@ class Recipe(Section):
     optim: OptimSection = Field(description="optimizer")
     evaluation: EvaluationSection = Field(
         default_factory=lambda: EvaluationSection.model_validate({}), description="held-out evaluation"
+    )
+    alarms: AlarmsSection = Field(
+        default_factory=lambda: AlarmsSection.model_validate({}), description="what a run that goes wrong says"
     )
     run: RunSection = Field(
         default_factory=lambda: RunSection.model_validate({}), description="seeds, checkpoints, logs"

@@ -91,6 +91,58 @@ class ValueSection(Section):
     updates: Int = Field(1, ge=1, description="optimizer steps of the value model on each batch, before the policy's")
 
 
+class Alarm(Section):
+    """One alarm."""
+
+    stop: bool = Field(False, description="stop the run; false: warn")
+
+
+class GamingAlarm(Alarm):
+    """Rewards of the rollouts rise while a held-out truth falls."""
+
+    evaluations: Int = Field(3, ge=2, description="evaluations, the last of which is compared with the first")
+    errors: float = Field(2.0, ge=0, description="standard errors beyond which a change counts")
+
+
+class EntropyAlarm(Alarm):
+    """Entropy stays low."""
+
+    below: float = Field(1.0e-3, gt=0, description="mean entropy of scored tokens, in nats")
+    updates: Int = Field(5, ge=1, description="updates in a row")
+
+
+class EmptyAlarm(Alarm):
+    """Completions say nothing."""
+
+    above: float = Field(0.5, ge=0, lt=1, description="share of rollouts that are EOS alone, or blank")
+    batches: Int = Field(3, ge=1, description="batches in a row")
+
+
+class SilentAlarm(Alarm):
+    """Groups do not tell their rollouts apart."""
+
+    above: float = Field(0.95, ge=0, lt=1, description="share of rollouts of advantage 0")
+    batches: Int = Field(10, ge=1, description="batches in a row")
+
+
+class AlarmsSection(Section):
+    """What a run that goes wrong says; null switches an alarm off."""
+
+    gaming: GamingAlarm | None = Field(
+        default_factory=lambda: GamingAlarm.model_validate({}),
+        description="rewards of the rollouts rise while a held-out truth (without one: the exact rate) falls",
+    )
+    entropy: EntropyAlarm | None = Field(
+        default_factory=lambda: EntropyAlarm.model_validate({}), description="the policy has stopped exploring"
+    )
+    empty: EmptyAlarm | None = Field(
+        default_factory=lambda: EmptyAlarm.model_validate({}), description="completions end before they begin"
+    )
+    silent: SilentAlarm | None = Field(
+        default_factory=lambda: SilentAlarm.model_validate({}), description="nothing is left to learn from"
+    )
+
+
 class SamplerSection(Section):
     """How a canvas is unmasked."""
 

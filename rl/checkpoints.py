@@ -213,6 +213,7 @@ class PlanKeeper(TrainerCallback):
                 self.trainer.records.rewind(mark["records"])
                 # What lies after the step that is resumed from will be written again.
                 _remove(path for path in complete_checkpoints(checkpoint.parent) if _step(path) > state.global_step)
+        self.trainer.alarms.begin(self.trainer.records.read() if rank() == 0 else [], state.global_step)
         self.trainer.begun = True
 
     def _plans_in_flight(self, checkpoint: Path, ranks: int) -> list[Plan | StepPlan]:

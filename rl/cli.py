@@ -44,12 +44,15 @@ for reading in (report, view):
 USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
+COMMANDS = {"rl": "train", "sft": "sft", "preference": "prefer"}  # what runs a recipe of each kind
+
+
 def _load(target: str, overrides: list[str], kind: str) -> Any:
     from ..recipes.loading import load_recipe
 
     recipe = load_recipe(target, overrides)
     if recipe.kind != kind:
-        command = {"rl": "train", "sft": "sft"}[recipe.kind]
+        command = COMMANDS[recipe.kind]
         raise RecipeError(f"kind: '{recipe.name}' is a recipe of kind {recipe.kind}; run `unmask {command} {target}`.")
     return recipe
 
@@ -118,9 +121,7 @@ def prefer(arguments: RecipeArguments, json_file: JsonFile = None) -> None:
     """
     target, overrides = one_target(arguments)
     check_output(json_file)
-    from ..recipes.preferences import load_preference
-
-    recipe = load_preference(target, overrides)
+    recipe = _load(target, overrides, "preference")
     from . import preference_run
 
     result = preference_run.prefer(recipe)

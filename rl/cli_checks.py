@@ -30,11 +30,15 @@ def data_check(arguments: RecipeArguments, json_file: JsonFile = None) -> None:
     Prompts, columns and what rewards read of them, lengths in tokens, duplicates between training and held-out rows.
     """
     from ..recipes.loading import load_recipe
+    from ..recipes.preferences import PreferenceRecipe
     from .datacheck import data_check as examine
 
     target, overrides = one_target(arguments)
     check_output(json_file)
-    reports = examine(load_recipe(target, overrides))
+    recipe = load_recipe(target, overrides)
+    if isinstance(recipe, PreferenceRecipe):
+        raise RecipeError(f"kind: '{recipe.name}' has pairs and no tasks; `unmask check {target}` reads every pair.")
+    reports = examine(recipe)
     write_result(json_file, [vars(report) for report in reports])
 
 
@@ -49,13 +53,14 @@ def reward_check(
     Gold answers must score 1, and no trick more than an honest wrong answer; exit code 1 otherwise.
     """
     from ..recipes.loading import load_recipe
+    from ..recipes.schema import Recipe
     from .rewardcheck import reward_check as examine
 
     target, overrides = one_target(arguments)
     check_output(json_file)
     recipe = load_recipe(target, overrides)
-    if recipe.kind != "rl":
-        raise RecipeError(f"kind: '{recipe.name}' is a supervised recipe; rewards are checked of one of kind rl.")
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"kind: '{recipe.name}' is of kind {recipe.kind}; rewards are checked of one of kind rl.")
     findings = examine(recipe, rows)
     write_result(json_file, [vars(finding) for finding in findings])
     if not all(finding.passed for finding in findings):

@@ -14,12 +14,14 @@ from rich.table import Table
 
 from .. import __version__
 from ..recipes.crosschecks import check_data, check_world, notes, step_limit
-from ..recipes.loading import import_parts, load_methods, load_samplers
+from ..recipes.loading import AnyRecipe, import_parts, load_methods, load_samplers
+from ..recipes.preferences import PreferenceRecipe
 from ..recipes.protocols import load_protocol, shipped_protocols
 from ..recipes.reading import SCHEMA_FILE, shipped_recipes
 from ..recipes.registry import SLOTS, RecipeError, nearest
 from ..recipes.schema import ModelSection, Recipe, SftModelSection, SftRecipe
 from ..recipes.sections import SamplerSection
+from .check_facts import attempts, exploration_words, preference_facts, trained_words
 from .estimators import most_canvases
 
 MACHINE = 8  # devices that `check` assumes for a sharded recipe
@@ -38,7 +40,7 @@ def words(choice: dict[str, Any]) -> str:
     return f"{choice['name']}({', '.join(knobs)})" if knobs else str(choice["name"])
 
 
-def summary(recipe: Recipe | SftRecipe, target: str, nproc: int | None = None) -> dict[str, Any]:
+def summary(recipe: AnyRecipe, target: str, nproc: int | None = None) -> dict[str, Any]:
     """Return what a recipe will do, key by key, with the state of its data and the next command.
 
     `nproc` processes share its work (None: one, or up to `MACHINE` where the recipe shares out its weights).
@@ -49,6 +51,8 @@ def summary(recipe: Recipe | SftRecipe, target: str, nproc: int | None = None) -
             nproc = max(2, math.gcd(MACHINE, recipe.rollout.prompts))
     check_world(recipe, nproc)
     _check_model(recipe.model)
+    if isinstance(recipe, PreferenceRecipe):
+        return preference_facts(recipe, target)
     facts = _sft_facts(recipe) if isinstance(recipe, SftRecipe) else _rl_facts(recipe, nproc)
     facts["notes"] = notes(recipe)
     missing = _missing_file(recipe)
@@ -97,21 +101,20 @@ def _missing_file(recipe: Recipe | SftRecipe) -> str | None:
 
 def _rl_facts(recipe: Recipe, nproc: int) -> dict[str, Any]:
     _check_cache(recipe)
-    rollout, objective, lora = recipe.rollout, recipe.objective, recipe.model.lora
+    rollout, objective, more = recipe.rollout, recipe.objective, attempts(recipe.exploration)
     rollouts, nfe = rollout.prompts * rollout.group, step_limit(rollout.sampler, rollout.canvas)
-    trained = "all weights" if lora is None else f"LoRA rank {lora.rank}, alpha {lora.alpha:g}"
     canvases = most_canvases(objective.estimator, nfe, rollout.canvas)
     views = rollouts * canvases
     # One pass finds the ratios of units that span views, a second one has the gradient.
     spans = canvases > 1 and getattr(SLOTS["unit"].get(objective.unit["name"]), "spans_views", False)
     once = views * ((objective.old == "recompute") + (objective.beta > 0))
     fresh = once if objective.redraw else once / objective.inner_steps
-    forwards = views * (2 if spans else 1) + fresh + rollouts * nfe / objective.inner_steps
+    forwards = views * (2 if spans else 1) + fresh + more * rollouts * nfe / objective.inner_steps
     evaluation = recipe.evaluation.sampler or rollout.sampler
     temperature = rollout.temperature if recipe.evaluation.temperature is None else recipe.evaluation.temperature
     return {
         "recipe": recipe.name,
-        "model": f"{recipe.model.path}, {recipe.model.dtype}, {trained}",
+        "model": f"{recipe.model.path}, {recipe.model.dtype}, {trained_words(recipe.model)}",
         "task": words(recipe.task),
         "memory": _memory_words(recipe, nproc),
         "rewards": ", ".join(f"{entry.weight:g} x {words(entry.model_dump())}" for entry in recipe.rewards),
@@ -122,10 +125,11 @@ def _rl_facts(recipe: Recipe, nproc: int) -> dict[str, Any]:
         "canvas": rollout.canvas,
         "nfe_at_most": nfe,
         "rollouts_a_batch": rollouts,
+        "exploration": exploration_words(recipe.exploration, words) or "none",
         "updates_a_batch": objective.inner_steps,
         "forwards_an_update_at_most": round(forwards),
         "updates": recipe.optim.steps,
-        "rollouts": rollouts * -(-recipe.optim.steps // objective.inner_steps),
+        "rollouts_at_most": more * rollouts * -(-recipe.optim.steps // objective.inner_steps),
         "evaluation": f"{recipe.evaluation.problems} problems, {_sampler_words(evaluation)}, "
         f"temperature {temperature:g}",
     }

@@ -24,7 +24,8 @@ EVALUATION_STEP = -1  # a step no training batch has: evaluation noise is the sa
 class Evaluation:
     """Results on `n` held-out problems; `exact` is the share with outcome ok, `stderr` its standard error.
 
-    `components` are the means of every reward (`reward/NAME`) and truth (`truth/NAME`) over the rows it applies to.
+    `components` are the means of every reward (`reward/NAME`) and truth (`truth/NAME`) over the rows it applies to,
+    `errors` their standard errors.
     """
 
     n: int
@@ -37,6 +38,7 @@ class Evaluation:
     wall_s: float
     outcomes: dict[str, int]
     components: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""
@@ -45,7 +47,7 @@ class Evaluation:
     def metrics(self, prefix: str) -> tuple[dict[str, float], dict[str, float]]:
         """Return the numbers under the names of our records, and under those that Trainer's callbacks look for."""
         values = {name: value for name, value in self.as_dict().items() if isinstance(value, int | float)}
-        values |= self.components
+        values |= self.components | {f"stderr/{name}": error for name, error in self.errors.items()}
         logged = {f"time/{prefix}_{k}" if k in CLOCKS else f"{prefix}/{k}": v for k, v in values.items()}
         return logged, {f"{prefix}_{name}": value for name, value in values.items()}
 
@@ -117,5 +119,16 @@ def evaluate(
         tokens_per_s=tokens / seconds,
         wall_s=seconds,
         outcomes=dict(Counter(outcomes)),
-        components={name: sum(values) / len(values) for name, values in judged.items() if values},
+        components={name: _mean(values) for name, values in judged.items() if values},
+        errors={name: _error(values) for name, values in judged.items() if values},
     )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _error(values: list[float]) -> float:
+    """Return the standard error of a mean; that of zeros and ones is the error of a share."""
+    mean = _mean(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values)) / len(values)

@@ -88,6 +88,7 @@ def main(arguments: list[str]) -> int:
         if isinstance(recipe, SftRecipe):
             run.sft(recipe, resume=resume)
         else:
+            assert isinstance(recipe, Recipe), "pairs are trained on by one process"
             run.train(recipe, resume=resume)
     except ValueError as error:
         if not is_ours(error):

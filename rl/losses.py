@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,10 @@ from .plan import Plan
 
 class NonFiniteError(ValueError):
     """A log-probability, loss or gradient that is NaN or infinite; the message names rollout, value and remedy."""
+
+
+class RatioError(ValueError):
+    """An importance ratio beyond the limit that is set for it; the message names rollout, ratio and remedy."""
 
 
 class Loss(NamedTuple):
@@ -49,6 +54,7 @@ class LossFunction:
     over: str
     correction: Callable[[Tensor], Tensor] | None
     absolute: bool = False
+    limit: float | None = None
 
     def spans_views(self, plan: Plan) -> bool:
         """Return whether a unit has actions in several views, so that one chunk of views may not hold it."""
@@ -142,12 +148,17 @@ class LossFunction:
         return torch.zeros_like(count_U).index_add(0, index_A, weight_A), count_U
 
     def coefficients(self, plan: Plan, logprob_A: Tensor) -> Tensor:
-        """Return dloss / dlogprob of every action, without a graph; NonFiniteError where anything is not finite."""
+        """Return dloss / dlogprob of every action, without a graph.
+
+        NonFiniteError where anything is not finite, RatioError where a unit's ratio exceeds the limit.
+        """
         leaf_A = logprob_A.detach().requires_grad_()
         _require_finite(plan, plan.views.row_N[plan.views.actions.view_A], leaf_A, "log-probability")
         with torch.enable_grad():
             loss = self(plan, leaf_A)
             _require_finite(plan, loss.row_U, loss.surrogate_U, "surrogate loss")
+            if self.limit is not None and not self.absolute:
+                require_bounded(loss.log_ratio_U, plan.views.trajectory.rollout_id_B[loss.row_U], self.limit)
             if loss.divergence_X is not None:
                 row_X = loss.row_U if self.over == "unit" else plan.views.row_K
                 _require_finite(plan, row_X, loss.divergence_X, "divergence")
@@ -170,4 +181,17 @@ def _require_finite(plan: Plan, row_X: Tensor, value_X: Tensor, what: str) -> No
     raise NonFiniteError(
         f"rollout {rollout}: a {what} is {value_X[entry].item()} ({int((~finite_X).sum())} of {len(finite_X)} are not "
         "finite); nothing was stepped. Lower optim.lr, bound the ratio (ppo_clip), and resume from the last checkpoint."
+    )
+
+
+def require_bounded(log_ratio_U: Tensor, rollout_id_U: Tensor, limit: float) -> None:
+    """Raise RatioError where the ratio of a unit, whose rollout is given, is larger than `limit`."""
+    count = int((log_ratio_U > math.log(limit)).sum())
+    if not count:
+        return
+    unit = int(log_ratio_U.argmax())
+    raise RatioError(
+        f"rollout {int(rollout_id_U[unit])}: an importance ratio is {log_ratio_U[unit].double().exp().item():.3g}, "
+        f"objective.ratio_limit {limit:g} ({count} of {len(log_ratio_U)} units exceed it); nothing was stepped. Lower "
+        "optim.lr or objective.inner_steps, or raise the limit, and resume from the last checkpoint."
     )

@@ -46,7 +46,8 @@ class Objective:
     and `masked` 0 above the ceiling or below its inverse; else c_U = 1. The divergence is that of tokens, or `over` a
     unit that of the summed estimates divided by its tokens; `divergence_weight` gives w_X where it is not `weight`'s. A
     reference that is the policy itself is the old policy. With `redraw` an estimator that draws does so anew for
-    each inner step. `chunk` views share a forward and a graph; it changes memory and speed, never the gradient.
+    each inner step. `chunk` views share a forward and a graph; it changes memory and speed, never the gradient. A unit
+    whose ratio exceeds `ratio_limit` refuses the update (None: no limit).
     Gradients of several ranks are to be summed, not averaged. Dropout is up to the caller: with any, ratios of 1 are
     not 1.
     """
@@ -65,6 +66,7 @@ class Objective:
     old: str = "rollout"
     redraw: bool = False
     chunk: int = 32
+    ratio_limit: float | None = 1.0e4
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -86,6 +88,8 @@ class Objective:
             raise RecipeError("objective.divergence_weight: weighs tokens, and the divergence is over units; drop one.")
         if not self.beta >= 0:
             raise RecipeError(f"objective.beta: {self.beta} must be at least 0.")
+        if self.ratio_limit is not None and not self.ratio_limit > 1:
+            raise RecipeError(f"objective.ratio_limit: {self.ratio_limit} must exceed 1, the ratio before any update.")
         # A part with impossible knobs is refused here, before anything was sampled.
         self.surrogate(torch.zeros(1), torch.ones(1))
         one, zero = torch.ones(1), torch.zeros(1, dtype=torch.long)
@@ -96,7 +100,8 @@ class Objective:
         """The loss as a function of log-probs."""
         correction = None if self.correction == "none" else partial(_corrected, name=self.correction, top=self.ceiling)
         parts = (self.unit, self.bound, self.surrogate, self.divergence)
-        return LossFunction(*parts, self.beta, self.over, correction, absolute=self.old == "none")
+        absolute = self.old == "none"
+        return LossFunction(*parts, self.beta, self.over, correction, absolute=absolute, limit=self.ratio_limit)
 
     @torch.no_grad()
     def plan(
@@ -170,7 +175,8 @@ class Objective:
         Each chunk of views is one forward, and its graph is freed before the next: the gradient of the loss at the
         chunk's log-probs is a coefficient an action, and (coefficient x logprob).sum() is what is back-propagated.
         Where a unit spans views a first pass without grad gives the log-probs of all. Every rank must call this. Raises
-        NonFiniteError, before the backward of the chunk concerned, where a log-prob, loss or coefficient is not finite.
+        NonFiniteError or RatioError, before the backward of the chunk concerned, where a log-prob, loss or coefficient
+        is not finite or a ratio exceeds the limit.
         """
         coefficient_A: Tensor | None = None
         if self.loss.spans_views(plan):
@@ -197,7 +203,7 @@ def build_objective(section: Mapping[str, Any]) -> Objective:
     slots = ("estimator", "unit", "bound", "surrogate", "weight", "divergence")
     parts: dict[str, Any] = {slot: SLOTS[slot].build(section[slot], f"objective.{slot}") for slot in slots}
     also = section.get("divergence_weight")
-    plain = ("beta", "over", "old", "redraw", "chunk")
+    plain = ("beta", "over", "old", "redraw", "chunk", "ratio_limit")
     return Objective(
         **parts,
         correction=correction["name"],

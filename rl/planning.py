@@ -26,7 +26,7 @@ from . import orders
 from .credit import Credit
 from .defaults import trainable
 from .distributed import gather_objects, total
-from .losses import NonFiniteError
+from .losses import NonFiniteError, require_bounded
 
 STEP_FIELDS = ("row_N", "step_N", "advantage_N", "expert_N", "old_N")
 
@@ -108,6 +108,7 @@ class Planning:
     pull: float = 0.0
     entropy: float = 0.0
     chunk: int = 64
+    ratio_limit: float | None = 1.0e4
     # As an Objective: ratios divide by the rollout's own log-probs, nothing is drawn anew, and there is no reference.
     beta: float = field(default=0.0, init=False)
     old: str = field(default="rollout", init=False)
@@ -230,7 +231,8 @@ class Planning:
     def backward(self, policy: Any, plan: StepPlan) -> dict[str, float]:
         """Add this rank's share of the gradient to the network's `.grad` and return statistics; no denoiser is called.
 
-        Raises NonFiniteError before the backward of a chunk whose loss is not finite. Every rank must call this.
+        Raises NonFiniteError or RatioError before the backward of a chunk whose loss is not finite, or one of whose
+        ratios exceeds the limit. Every rank must call this.
         """
         sums = dict.fromkeys(("loss", "entropy", "clip_like", "ratio_max", "logprob"), 0.0)
         for start in range(0, len(plan.row_N), self.chunk):
@@ -243,6 +245,8 @@ class Planning:
                     f"rollout {rollout}: the planner's loss is {loss.item()}; nothing was stepped. Lower optim.lr and "
                     "resume from the last checkpoint."
                 )
+            if self.ratio_limit is not None:
+                require_bounded(log_ratio_N, plan.trajectory.rollout_id_B[plan.row_N[part]], self.ratio_limit)
             loss.backward()
             sums["loss"] += loss.item()
             sums["entropy"] += entropy_N.detach().sum().item()
@@ -261,7 +265,7 @@ class Planning:
         }
 
     def _loss(self, plan: StepPlan, part: slice, logprob_N: Tensor, extra_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this part's share of the loss with `extra_N` a step, and the log-ratios of the planner's own steps."""
+        """Return this part's share of the loss with `extra_N` a step, and the log-ratios (an expert's: 0)."""
         expert_N, advantage_N, old_N = plan.expert_N[part], plan.advantage_N[part], plan.old_N[part]
         ratio_N = expert_N.new_zeros(len(expert_N), dtype=logprob_N.dtype)
         loss = logprob_N.sum() * 0.0
@@ -270,14 +274,15 @@ class Planning:
             cloned_N = torch.where(expert_N, gain_N * logprob_N, 0.0)
             loss = loss - plan.cloning * cloned_N.sum() / max(plan.cloned, 1.0)
         if plan.imitates:
-            return loss, ratio_N[:0]
+            return loss, ratio_N
         own_N = ~expert_N
         ratio_N = logprob_N - old_N
         if self.steering == "mixture":
             share, own_N = self.experts / self.group, torch.ones_like(own_N)
             ratio_N = torch.where(expert_N, _mixed(logprob_N, share) - _mixed(old_N, share), ratio_N)
         shares_N = self.surrogate(ratio_N, advantage_N) + extra_N
-        return loss + torch.where(own_N, shares_N, 0.0).sum() / max(plan.mass, 1.0), ratio_N[own_N].detach()
+        loss = loss + torch.where(own_N, shares_N, 0.0).sum() / max(plan.mass, 1.0)
+        return loss, torch.where(own_N, ratio_N, 0.0).detach()
 
     def save(self, directory: str | Path, **notes: Any) -> Path:
         """Write the planner with the range of its trade-off."""

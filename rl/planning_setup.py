@@ -43,6 +43,7 @@ def build_planning(recipe: Recipe, denoiser: Any) -> Planning | None:
         seed=seed,
         alpha=_range(section.alpha),
         order=None if section.order is None else SLOTS["order"].build(section.order),
+        ratio_limit=recipe.objective.ratio_limit,
         **{name: getattr(section, name) for name in ("target_nfe", "dual_rate", "pull", "entropy", "chunk")},
         **steering,
     )

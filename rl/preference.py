@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..policies.layout import Family
 from ..policies.tokenizers import completion_ids, prompt_ids
+from ..recipes.preferences import PreferenceRecipe
 from ..recipes.registry import RecipeError
 from ..rollouts.forward import LogitSource
 from ..rollouts.trajectory import NEVER, PAD, SAMPLED, Trajectory
@@ -162,10 +163,28 @@ def _reply(pair: Pair, name: str, tokenizer: PreTrainedTokenizerBase, family: Fa
     return ids[: ends[0] + 1] if ends else ids
 
 
+def pairs_of(recipe: PreferenceRecipe) -> list[Pair]:
+    """Return the pairs of a recipe, from its file or its run; RecipeError where there are none."""
+    source = recipe.pairs
+    if source.file is not None:
+        return read_pairs(Path(source.file).expanduser())
+    assert source.run is not None
+    folder = Path(source.run).expanduser()
+    pairs = pairs_of_run(folder, margin=source.margin, most=source.most, seed=recipe.run.seed)
+    if not pairs:
+        raise RecipeError(f"pairs.run: '{source.run}' has no group with rewards {source.margin:g} apart.")
+    return pairs
+
+
 def read_pairs(path: Path) -> list[Pair]:
     """Return the pairs of a JSON-lines file; RecipeError naming line and column where one is missing."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise RecipeError(f"pairs.file: cannot read '{path}' ({reason}).") from error
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -14,6 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from ..policies.adapters import lora_config
 from ..policies.denoiser import Denoiser
 from ..policies.reference import build_reference
+from ..recipes.loading import dump_recipe
 from ..recipes.preferences import PreferenceRecipe
 from ..recipes.registry import RecipeError
 from ..recipes.tasks import Stored
@@ -21,7 +21,7 @@ from ..rollouts.noise import generator
 from .distributed import rank, reduce_gradients, world_size
 from .finite import require_finite_gradient
 from .optimizers import build_optimizer
-from .preference import Pair, Preference, paired, pairs_of_run, read_pairs
+from .preference import Pair, Preference, paired, pairs_of
 from .records import Records
 from .run import free_folder, save_policy
 from .runfolder import manifest, no_empty_folder, run_folder, write_atomically, write_json
@@ -94,27 +94,25 @@ class PreferenceTrainer(Trainer):
 
 def prefer(recipe: PreferenceRecipe) -> dict[str, Any]:
     """Run a preference recipe; write the policy, `metrics.jsonl`, recipe and manifest, and return the summary."""
-    source = recipe.pairs
-    pairs = read_pairs(Path(source.file).expanduser()) if source.file is not None else _stored(recipe)
-    denoiser = _load(recipe)
+    pairs, denoiser, canvas = pairs_of(recipe), _load(recipe), recipe.pairs.canvas
     section, folder = recipe.preference, free_folder(run_folder(recipe))
     folder.mkdir(parents=True, exist_ok=True)
     with no_empty_folder(folder):
         # Every pair is looked at before the first step, not when its turn comes.
-        paired(pairs, denoiser.tokenizer, denoiser.family, canvas=source.canvas)
+        paired(pairs, denoiser.tokenizer, denoiser.family, canvas=canvas)
         names = ("beta", "draws", "per_token", "sft", "chunk")
         trainer = PreferenceTrainer(
             denoiser,
             pairs,
             Preference(**{name: getattr(section, name) for name in names}),
             batch=section.batch,
-            canvas=source.canvas,
+            canvas=canvas,
             reference=section.reference,
             optim=_optim(recipe),
             args=_arguments(recipe, folder),
             records=Records(folder),
         )
-        write_atomically(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
         output = trainer.train()
     save_policy(denoiser, folder)
     summary = {
@@ -130,15 +128,6 @@ def prefer(recipe: PreferenceRecipe) -> dict[str, Any]:
     write_json(folder / "manifest.json", record)
     write_json(folder / "summary.json", summary)
     return summary
-
-
-def _stored(recipe: PreferenceRecipe) -> list[Pair]:
-    assert recipe.pairs.run is not None
-    knobs = {"margin": recipe.pairs.margin, "most": recipe.pairs.most, "seed": recipe.run.seed}
-    pairs = pairs_of_run(Path(recipe.pairs.run).expanduser(), **knobs)  # type: ignore[arg-type]
-    if not pairs:
-        raise RecipeError(f"pairs.run: '{recipe.pairs.run}' has no group with rewards {recipe.pairs.margin:g} apart.")
-    return pairs
 
 
 def _load(recipe: PreferenceRecipe) -> Denoiser:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
 
 
 class Progress(TrainerCallback):
@@ -30,6 +33,12 @@ class Progress(TrainerCallback):
         self.shown |= {short: f"{logs[name]:.3g}" for name, short in names.items() if name in (logs or {})}
         if self.bar is not None:
             self.bar.set_postfix(self.shown, refresh=False)
+
+    def warn(self, text: str) -> None:
+        """Log a warning, on a line of its own; the bar is drawn again below it."""
+        if self.bar is not None:
+            self.bar.clear()
+        logger.warning(text)
 
     def close(self) -> None:
         """Close the bar, if it is open; also after an error, whose message would continue the bar's line otherwise."""

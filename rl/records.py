@@ -15,7 +15,7 @@ from torch import Tensor
 from ..rewards import OUTCOMES
 from ..rollouts.trajectory import Trajectory
 from ..rollouts.worker import RolloutBatch
-from .runfolder import FILES
+from .runfolder import FILES, read_lines
 
 CLOCK = "time/"
 # A token that was taken back: its place, id, steps of birth and death, order in its step, log-probability.
@@ -42,6 +42,10 @@ class Records:
             path = self.folder / name
             if path.is_file() and path.stat().st_size > lengths.get(name, 0):
                 os.truncate(path, lengths.get(name, 0))
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the records of `metrics.jsonl`."""
+        return read_lines(self.folder / FILES[0])
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one step's values, clock readings to the other file."""
@@ -120,6 +124,7 @@ def batch_metrics(batch: RolloutBatch) -> dict[str, tuple[float, int]]:
     values = {name: (value, count) for name, value in batch.metrics.items()}
     if "rollout/logprob" in batch.metrics:  # a mean over tokens
         values["rollout/logprob"] = (batch.metrics["rollout/logprob"], int(batch.trajectory.action_BL("all").sum()))
+    values["rollout/empty"] = (sum(not text.strip() for text in batch.completions) / max(count, 1), count)
     values["reward/total"] = _mean(rewards.total_B)
     for name, value_B in rewards.components().items():
         values[name] = _mean(value_B)

@@ -15,10 +15,11 @@ import pyarrow.parquet
 import yaml
 
 from ..rewards import OUTCOMES
+from .alarms import ALARM
 from .curves import SECTIONS, Section, figures_of
 from .figures import draw
 from .pages import page
-from .runfolder import FILES, RunError, write_atomically
+from .runfolder import FILES, RunError, read_lines, write_atomically
 
 logger = logging.getLogger(__name__)
 SAMPLES = 3  # completions of each outcome
@@ -52,7 +53,7 @@ def report(run: Path, out: Path | None = None, *, refresh_s: int | None = None) 
     found = read_run(run)
     out = out or run / "report.html"
     sections = figures_of(found.records, found.steps)
-    body = "\n".join([_head(found), _held_out(found), *map(_section, sections)])
+    body = "\n".join([_head(found), _held_out(found), _alarms(found), *map(_section, sections)])
     body += _absent(sections) + _samples(found) + _provenance(found)
     refresh = refresh_s if found.summary is None else None
     title = f"{run.absolute().name}: report"
@@ -74,7 +75,7 @@ def read_run(folder: Path) -> Run:
     """Return what a run's folder holds, without the line that a process is just writing."""
     if not (folder / FILES[0]).is_file() or not (folder / "recipe.yaml").is_file():
         raise RunError(f"report: '{folder}' holds no {FILES[0]} and recipe.yaml, so it is not the folder of a run.")
-    records = [record for name in FILES for record in _lines(folder / name)]
+    records = [record for name in FILES for record in read_lines(folder / name)]
     recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
     return Run(
         folder=folder,
@@ -87,14 +88,6 @@ def read_run(folder: Path) -> Run:
         steps=(yaml.safe_load(recipe).get("optim") or {}).get("steps"),
         age_s=time.time() - (folder / FILES[0]).stat().st_mtime,
     )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file; a last line that is not whole yet is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -144,6 +137,17 @@ def _difference(before: dict[str, Any] | None, now: dict[str, Any] | None) -> st
         f"change {change:+.3f}, 95 % interval [{change - half:+.3f}, {change + half:+.3f}]; {verdict}. "
         "<span class='soft'>Wider than need be: that both rows are the same problems is not used.</span>"
     )
+
+
+def _alarms(run: Run) -> str:
+    """Return what the run has warned of, and when; nothing where it has not."""
+    told = [
+        f"<li>step {record['step']}, <b>{html.escape(name.removeprefix(ALARM))}</b>: {html.escape(text)}</li>"
+        for record in run.records
+        for name, text in record.items()
+        if name.startswith(ALARM)
+    ]
+    return f"<section><h2>Alarms</h2><ul>{''.join(told)}</ul></section>" if told else ""
 
 
 def _section(section: Section) -> str:

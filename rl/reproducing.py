@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..recipes.loading import load_recipe
+from ..recipes.preferences import PreferenceRecipe
 from ..recipes.reading import RESOLVED
 from ..recipes.schema import SftRecipe
 from . import run
@@ -52,6 +53,8 @@ def reproduce(folder: Path) -> dict[str, Any]:
 
 def _repeat_run(folder: Path, again: Path, ranks: int) -> None:
     recipe = load_recipe(folder / RESOLVED)
+    if isinstance(recipe, PreferenceRecipe):
+        raise RunError(f"reproduce: '{folder}' is a run of kind preference; run `unmask prefer {folder / RESOLVED}`.")
     section = recipe.run.model_copy(update={"directory": str(again.parent)})
     changed = recipe.model_copy(update={"name": again.name, "run": section})
     if isinstance(changed, SftRecipe):

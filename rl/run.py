@@ -50,6 +50,8 @@ CHANGEABLE = (
     "model.attention",
     "rollout.micro_batch",
     "objective.chunk",
+    "objective.ratio_limit",
+    "alarms",
     "optim.steps",
     "run.directory",
     "run.keep",
@@ -135,6 +137,7 @@ def build_trainer(recipe: Recipe, folder: Path) -> UnmaskTrainer:
         exploration=build_exploration(recipe.exploration.model_dump()),
         planning=build_planning(recipe, denoiser),
         value=None if recipe.value is None else ValueSettings(**recipe.value.model_dump()),
+        alarms=recipe.alarms,
         optim={"name": recipe.optim.optimizer, "matrix_lr": recipe.optim.matrix_lr, "betas": tuple(recipe.optim.betas)},
     )
 

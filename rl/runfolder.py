@@ -41,6 +41,14 @@ class RunError(ValueError):
     """A run that cannot start, go on or be opened; the message names cause and remedy."""
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSON-lines file; a last line that is not whole yet is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` so that `path` holds either its old or its whole new content, whenever the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ def target_recipe(found: Target, overrides: Sequence[str] = ()) -> Recipe:
     recipe = load_recipe(found.run or found.name, overrides)
     if not isinstance(recipe, Recipe):
         model = (found.run or run_folder(recipe)) / "model"
-        raise RecipeError(f"'{found.name}' is a run or recipe of kind sft; name its model folder ({model}).")
+        raise RecipeError(f"'{found.name}' is a run or recipe of kind {recipe.kind}; name its model folder ({model}).")
     return recipe
 
 

@@ -16,12 +16,14 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 
 from ..policies.denoiser import Denoiser
 from ..policies.reference import build_reference
+from ..recipes.sections import AlarmsSection
 from ..recipes.tasks import Row, Rows
 from ..rewards import Scorer, ScoringConfig, check_columns
 from ..rollouts.canvases import Start
 from ..rollouts.sampler import Sampler
 from ..rollouts.worker import RolloutBatch, RolloutWorker
 from . import advantages
+from .alarms import Alarms
 from .checkpoints import PlanKeeper, file_errors, starting_point
 from .collecting import Collector, Exploration
 from .config import UnmaskConfig
@@ -30,6 +32,7 @@ from .defaults import default_objective, default_sampler
 from .distributed import gather_objects, rank, reduce_gradients
 from .evaluate import evaluate
 from .finite import require_finite_gradient
+from .guards import batch_kept, sounded, stop_if_asked
 from .mismatch import mismatch_by_step
 from .objective import Objective
 from .optimizers import build_optimizer
@@ -61,6 +64,7 @@ class UnmaskTrainer(Trainer):
     blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean; `start` is a canvas part (default: masks), and
     `exploration` what is done for groups that fail or tell nothing (default: nothing). One `training_step` is one step.
     With `planning` the planner is `learned`, that is optimised and checkpointed; a `value` model learns beside it all.
+    `alarms` say what a run that goes wrong warns of, or stops at.
     """
 
     args: UnmaskConfig
@@ -86,6 +90,7 @@ class UnmaskTrainer(Trainer):
         exploration: Exploration | None = None,
         planning: Planning | None = None,
         value: ValueSettings | None = None,
+        alarms: AlarmsSection | None = None,
     ) -> None:
         self.denoiser = denoiser = prepare(model, peft_config, args.seed)
         scoring = scoring or ScoringConfig()
@@ -101,6 +106,7 @@ class UnmaskTrainer(Trainer):
         self.objective: Objective | Planning = planning or objective or default_objective(args, self.sampler)
         self.learned: Any = denoiser.model if planning is None else planning.learner
         self.advantage, self.optim, self.value = advantage, optim or {}, value
+        self.alarms = Alarms(alarms or AlarmsSection())
         self.worker = RolloutWorker(
             denoiser=denoiser,
             tokenizer=processing_class or denoiser.tokenizer,
@@ -129,8 +135,10 @@ class UnmaskTrainer(Trainer):
     def _finish_setup(self, args: UnmaskConfig) -> None:
         """Do what needs the process group and the device, which Trainer's constructor has set up."""
         self.model_accepts_loss_kwargs, self.records = False, Records(self.folder)
-        # The plans in flight, one or one an inner step; the checkpoint that `train` resumes from; whether it was read.
+        # The plans in flight, one or one an inner step, and their batch (not after a resume between inner steps); the
+        # checkpoint that `train` resumes from; whether it was read.
         self.plans: list[Plan | StepPlan] = []
+        self.batch: RolloutBatch | None = None
         self.checkpoint: Path | None = None
         self.begun, self._metrics = False, dict[str, Any]()
         check_shares(args)
@@ -150,7 +158,8 @@ class UnmaskTrainer(Trainer):
         """Train to `max_steps` and return Trainer's output; `resume_from_checkpoint` is True (the newest) or a folder.
 
         Raises CheckpointReadError for a checkpoint that is missing, unfinished or damaged, and when a new run would
-        write among the checkpoints of an earlier one; CheckpointWriteError when the disk is full; NonFiniteError.
+        write among the checkpoints of an earlier one; CheckpointWriteError when the disk is full; NonFiniteError,
+        RatioError and AlarmError, which name the folder that the batch was saved to.
         """
         folder, self.begun = self.folder, False
         self.checkpoint = starting_point(folder, resume_from_checkpoint, sharded=self.denoiser.root is not None)
@@ -200,6 +209,7 @@ class UnmaskTrainer(Trainer):
             batch = self._collect(step)
             reward_B = rewards_compared(self.planning, batch, number)
             batch, credit = credited(self.worker, batch, self.advantage, reward_B)
+            self.batch = batch
             self._report(batch, step)
             key = (self.args.seed, "estimator", step)
             self.plans = plans_of(self, batch.trajectory, credit, key, inner_steps=self.args.num_iterations)
@@ -207,9 +217,10 @@ class UnmaskTrainer(Trainer):
             self._metrics |= {} if self.critic is None else self.critic.metrics
         planned = time.perf_counter()
         model.train()
-        statistics = self.objective.backward(self.denoiser, self.plans[inner % len(self.plans)])  # type: ignore[arg-type]
-        reduce_gradients(self.learned.parameters(), average=False)
-        require_finite_gradient(self.learned.parameters(), step)
+        with batch_kept(self, step):
+            statistics = self.objective.backward(self.denoiser, self.plans[inner % len(self.plans)])  # type: ignore[arg-type]
+            reduce_gradients(self.learned.parameters(), average=False)
+            require_finite_gradient(self.learned.parameters(), step)
         self._metrics |= {f"train/{name}": value for name, value in statistics.items() if name != "loss"}
         self._metrics["time/update_s"] = time.perf_counter() - planned
         self._metrics["time/step_s"] = time.perf_counter() - started
@@ -248,10 +259,13 @@ class UnmaskTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self._metrics}
             self._metrics = {}
-        if rank() == 0 and not any(key.startswith("train_") for key in logs):
-            self.records.write(self.state.global_step, {k: v for k, v in logs.items() if k != "epoch"})
+        if not any(key.startswith("train_") for key in logs):
+            logs = {**logs, **sounded(self, logs)}
+            if rank() == 0:
+                self.records.write(self.state.global_step, {k: v for k, v in logs.items() if k != "epoch"})
         # Trackers take numbers alone.
-        super().log({k: v for k, v in logs.items() if not isinstance(v, list)}, start_time)
+        super().log({k: v for k, v in logs.items() if not isinstance(v, list | str)}, start_time)
+        stop_if_asked(self)
 
 
 def _step_number(items: list[int]) -> dict[str, int]:

@@ -95,6 +95,9 @@ def inpaint_on_failure(
     return batch
 
 
+inpaint_on_failure.again = 1  # type: ignore[attr-defined]  # rollouts more, for each of a failed group
+
+
 def leaked(
     trajectory: Trajectory, rows: Sequence[dict[str, Any]], worker: RolloutWorker, *, column: str, answer: str
 ) -> int:

@@ -210,11 +210,27 @@ def test_check_prints_what_a_run_does(capsys: pytest.CaptureFixture[str]) -> Non
         # The ratio of a rollout needs a pass of its own.
         (["objective.unit=rollout", "objective.beta=0"], 2 * 128 + 128 / 8),
         (["method=cj_grpo_sampled_steps", "objective.estimator.k=4", "objective.beta=0"], 8 * 4 + 128 / 8),
+        # Every group may be refused twice and, in each attempt, fail and be tried again with hints.
+        (
+            ["objective.beta=0", "exploration={hints: inpaint_on_failure, filter: signal, refills: 2}"],
+            128 + 2 * 3 * 128 / 8,
+        ),
+        (["objective.beta=0", "exploration={filter: signal, refills: 1, successes: 8}"], 128 + 2 * 128 / 8),
     ],
 )
 def test_check_counts_forwards(overrides: list[str], forwards: float) -> None:
     facts = cli_summary.summary(parse_recipe(RECIPE, overrides), "mine.yaml")
     assert facts["forwards_an_update_at_most"] == forwards
+
+
+def test_check_tells_of_exploration() -> None:
+    facts = cli_summary.summary(
+        parse_recipe(RECIPE, ["method=igpo", "objective.inner_steps=8", "exploration.filter=signal"]), "mine.yaml"
+    )
+    assert facts["exploration"].startswith("a failed group again by inpaint_on_failure(column=reference, low=0.2,")
+    assert facts["exploration"].endswith("; groups kept by signal, 0 refills: at most 2 x the rollouts")
+    plain = cli_summary.summary(parse_recipe(RECIPE), "mine.yaml")
+    assert plain["exploration"] == "none" and facts["rollouts_at_most"] == 2 * plain["rollouts_at_most"]
 
 
 def test_check_can_print_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:

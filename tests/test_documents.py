@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from unmask.policies import families
 from unmask.policies.loading import load_denoiser, new_denoiser
 from unmask.recipes.loading import load_methods, parse_recipe, resolve, slot_of
+from unmask.recipes.preferences import PreferenceRecipe
 from unmask.recipes.reading import shipped_recipes
 from unmask.recipes.registry import SLOTS, RecipeError
 from unmask.recipes.schema import Recipe, SftRecipe
@@ -94,7 +95,11 @@ def key_tables() -> str:
     head = "| key | values | default | meaning |\n|---|---|---|---|\n"
     rows = list(keys_of(Recipe))
     supervised = [row for row in keys_of(SftRecipe) if row not in rows]
-    return head + "\n".join(rows) + "\n\nSupervised recipes differ in:\n\n" + head + "\n".join(supervised) + "\n"
+    pairs = [row for row in keys_of(PreferenceRecipe) if row not in rows]
+    text = head + "\n".join(rows)
+    for kind, own in (("Supervised", supervised), ("Preference", pairs)):
+        text += f"\n\n{kind} recipes differ in:\n\n" + head + "\n".join(own)
+    return text + "\n"
 
 
 def test_the_table_of_keys_is_the_schema() -> None:

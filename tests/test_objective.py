@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from unmask.recipes.registry import RecipeError
-from unmask.rl.losses import NonFiniteError
+from unmask.rl.losses import NonFiniteError, RatioError
 from unmask.rl.objective import Objective, build_objective
 from unmask.rl.plan import Plan
-from unmask.rl.replay import IMPOSSIBLE
+from unmask.rl.replay import IMPOSSIBLE, replay_all
 
 UNITS, BOUNDS, SURROGATES, DIVERGENCES = (
     ("token", "step", "rollout"),
@@ -256,9 +256,10 @@ def test_nan_is_one_error_that_names_the_rollout(toys: ModuleType, onegraph: Mod
 
 
 def test_an_infinite_ratio_is_an_error_and_a_clipped_one_is_not(toys: ModuleType, onegraph: ModuleType) -> None:
+    """Without a limit on the ratio."""
     w = onegraph.world(toys, "left_to_right")
     for advantage, fails in ((-1.0, True), (1.0, False)):
-        chosen = objective(surrogate=CLIP)
+        chosen = objective(surrogate=CLIP, ratio_limit=None)
         plan = chosen.plan(
             w.policy, None, w.trajectory, torch.full((onegraph.ROWS,), advantage), rng=None, sampler=w.sampler
         )
@@ -272,9 +273,34 @@ def test_an_infinite_ratio_is_an_error_and_a_clipped_one_is_not(toys: ModuleType
             assert statistics["clip_fraction"] > 0 and bool(w.policy.gradient().isfinite().all())
 
 
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("clip", [True, False])
+def test_a_ratio_beyond_the_limit_is_an_error(toys: ModuleType, onegraph: ModuleType, unit: str, clip: bool) -> None:
+    """Clipped or not, before any gradient exists; at the limit nothing happens."""
+    w, surrogate = onegraph.world(toys, "left_to_right"), CLIP if clip else "importance"
+    chosen = objective(unit=unit, surrogate=surrogate, chunk=1000)
+    plan = chosen.plan(w.policy, None, w.trajectory, torch.ones(onegraph.ROWS), rng=None, sampler=w.sampler)
+    old_A = plan.old_A.clone()
+    old_A[4] -= 5.0
+    plan = replace(plan, old_A=old_A)
+    logprob_A = replay_all(w.policy, plan.views, 1000).logprob_A
+    log_ratio_U = chosen.loss(plan, logprob_A).log_ratio_U
+    largest, row = log_ratio_U.max().exp().item(), int(plan.views.row_N[plan.views.view_K[4]])
+    told = rf"rollout {100 + row}: an importance ratio is {largest:.3g}, .*\(1 of \d+ units"
+    with pytest.raises(RatioError, match=told):
+        replace(chosen, ratio_limit=0.99 * largest).backward(w.policy, plan)
+    assert all(p.grad is None for p in w.policy.model.parameters())
+    statistics = replace(chosen, ratio_limit=1.01 * largest).backward(w.policy, plan)
+    assert statistics["ratio_max_deviation"] == pytest.approx(largest - 1, rel=1e-6)
+    # Where the surrogate gets the bound itself there is no ratio.
+    free = objective(unit=unit, surrogate="weighted_likelihood", old="none", ratio_limit=1.0001)
+    free.backward(w.policy, replace(plan, old_A=torch.zeros_like(old_A)))
+
+
 @pytest.mark.parametrize(
     ("choices", "match"),
     [
+        ({"ratio_limit": 1.0}, "objective.ratio_limit: 1.0 must exceed 1"),
         ({"bound": "median"}, "objective.bound: bound: unknown part 'median'"),
         ({"old": "yesterday"}, "objective.old"),
         ({"correction": "truncated"}, "set old: recompute"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,6 +24,7 @@ from unmask.policies.planner_distributions import Categorical
 from unmask.recipes.loading import parse_recipe
 from unmask.recipes.registry import RecipeError
 from unmask.rl import orders, run
+from unmask.rl.losses import RatioError
 from unmask.rl.planning import Planning
 from unmask.rl.speed import additive, multiplicative
 from unmask.rl.surrogates import importance, ppo_clip
@@ -119,6 +120,21 @@ def test_chunks_change_nothing(denoiser: Denoiser) -> None:
     for loss, vector in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5)
         torch.testing.assert_close(vector, found[0][1], rtol=1e-4, atol=1e-7)
+
+
+def test_a_ratio_beyond_the_limit_is_an_error(denoiser: Denoiser) -> None:
+    planning = planning_of()
+    made, sampler = roll(denoiser, planning)
+    plan = planned(planning, made, sampler)
+    old_N = plan.old_N.clone()
+    old_N[5] -= 3.0
+    plan = replace(plan, old_N=old_N)
+    ratio = planning.backward(None, plan)["ratio_max_deviation"] + 1
+    assert ratio == pytest.approx(math.exp(3.0), rel=1e-4)
+    planning.ratio_limit = 0.99 * ratio
+    rollout = int(made.rollout_id_B[plan.row_N[5]])
+    with pytest.raises(RatioError, match=rf"rollout {rollout}: an importance ratio is 20\.1, "):
+        planning.backward(None, plan)
 
 
 def test_equal_rewards_teach_nothing(denoiser: Denoiser) -> None:

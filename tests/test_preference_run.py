@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import shortrun
 import torch
-import yaml
 from transformers import TrainingArguments
 
 from unmask.policies.loading import load_denoiser
 from unmask.recipes.loading import load_recipe
-from unmask.recipes.preferences import load_preference
 from unmask.recipes.registry import RecipeError
-from unmask.rl import run
+from unmask.rl import cli, run
 from unmask.rl.preference import Preference, pairs_of_run
 from unmask.rl.preference_run import PreferenceTrainer, prefer
+from unmask.rl.report import report
 
 pytestmark = pytest.mark.usefixtures("place")
 
@@ -35,7 +35,7 @@ run: {directory: runs}
 
 def written(model: Path, *overrides: str) -> Any:
     Path("preferred.yaml").write_text(RECIPE.replace("MODEL", str(model)))
-    return load_preference("preferred.yaml", overrides)
+    return load_recipe("preferred.yaml", overrides)
 
 
 def test_pairs_of_a_run_are_learnt(model: Path) -> None:
@@ -48,7 +48,8 @@ def test_pairs_of_a_run_are_learnt(model: Path) -> None:
     assert records[0]["preference/margin"] == 0.0, "policy and reference are the same at first, on the same masks"
     assert records[-1]["preference/right"] >= 0.75 and records[-1]["loss"] < records[0]["loss"]
     assert (folder / "adapter" / "adapter_model.safetensors").is_file() and (folder / "manifest.json").is_file()
-    assert load_preference(folder / "recipe.yaml") == written(model)
+    assert load_recipe(folder / "recipe.yaml") == written(model)
+    assert "Gradient norm" in report(folder).read_text()
     check_resumed(model, folder)
 
 
@@ -77,6 +78,7 @@ def check_resumed(model: Path, folder: Path) -> None:
         (["pairs.file=x.jsonl"], "exactly one of file and run; both are there"),
         (["preference.beta=0"], "preference.beta"),
         (["preference.betta=1"], "betta"),
+        (["optim.warmup=12"], "optim.warmup"),
         (["model.lora=null", "preference.reference=adapter_off"], "adapter_off needs model.lora"),
     ],
 )
@@ -85,7 +87,41 @@ def test_recipes_that_are_refused(model: Path, overrides: list[str], match: str)
         written(model, *overrides)
 
 
-def test_other_commands_say_which_one_it_is(model: Path) -> None:
-    assert yaml.safe_load(RECIPE)["kind"] == "preference" and written(model)
-    with pytest.raises(RecipeError, match="unmask prefer"):
-        load_recipe("preferred.yaml")
+def command(*arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["unmask", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    return int(end.value.code or 0)
+
+
+@pytest.mark.parametrize("asked", [["train"], ["sft"], ["data", "check"], ["reward", "check"], ["evaluate"]])
+def test_other_commands_say_what_kind_it_is(asked: list[str], model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    written(model)
+    assert command(*asked, "preferred.yaml") == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    told = {"train": "run `unmask prefer preferred.yaml`", "sft": "run `unmask prefer preferred.yaml`"}
+    told |= {"data": "has pairs and no tasks", "reward": "of kind preference", "evaluate": "of kind preference"}
+    assert told[asked[0]] in line
+    shortrun.recipe(model)
+    assert command("prefer", "short.yaml") == 2
+    assert "of kind rl; run `unmask train short.yaml`" in capfd.readouterr().err
+
+
+def test_check_says_what_it_will_do(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(model)
+    lines = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(6)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = ["pairs={file: pairs.jsonl, canvas: 16}", "preference.draws=3", "run.save_every=50"]
+    assert command("check", "preferred.yaml", *changes, "--json", "facts.json") == 0
+    facts, text = json.loads(Path("facts.json").read_text()), capsys.readouterr().out
+    # 4 pairs, 2 completions of 3 canvases: one pass of the reference, two of the policy.
+    assert facts["forwards_an_update"] == 3 * 4 * 2 * 3 and facts["updates"] == 12
+    assert facts["data"] == "6 pairs, seen 8.0 times each"
+    assert "note: run.save_every 50" in text and "ok; next: unmask prefer preferred.yaml" in text
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": "1", "chosen": "a"}))
+    assert command("check", "preferred.yaml", *changes) == 2
+    assert command("check", "preferred.yaml") == 0
+    assert "there is no 'runs/short' yet" in capsys.readouterr().out
+    assert command("check", "preferred.yaml", "--nproc", "3") == 2
+    assert command("prefer", "preferred.yaml", "pairs={file: none.jsonl, canvas: 16}") == 2

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from unmask.recipes.editor import recipe_schema, schema_text
-from unmask.recipes.loading import dump_recipe, load_recipe
+from unmask.recipes.loading import dump_recipe, load_recipe, parse_recipe
 from unmask.recipes.reading import SCHEMA_FILE, apply_override, parse_yaml, shipped_recipes
 from unmask.recipes.sections import MARK
 
@@ -152,6 +152,32 @@ def test_mistakes_do_not_fit(override: str, where: str, schema: dict[str, Any]) 
     data = parse_yaml(shipped_recipes()["quickstart"], "quickstart")
     apply_override(data, override)
     assert any(problem.startswith(where) for problem in problems(data, schema, schema))
+
+
+PAIRS = """
+kind: preference
+name: preferred
+model: {path: "unmask:tiny", lora: {rank: 16}}
+pairs: {file: pairs.jsonl, canvas: 96}
+optim: {lr: 1.0e-4, steps: 100}
+"""
+
+
+def test_preference_recipes_have_a_schema(schema: dict[str, Any]) -> None:
+    data = parse_yaml(PAIRS, "pairs")
+    assert list(problems(data, schema, schema)) == []
+    resolved = yaml.safe_load(dump_recipe(parse_recipe(PAIRS)))
+    assert resolved.keys() > data.keys() and list(problems(resolved, schema, schema)) == []
+    for override, where in (
+        ("preference.betta=1", ".preference: betta is unknown"),
+        ("preference.beta=0", ".preference.beta: exclusiveMinimum"),
+        ("rollout.canvas=8", ": rollout is unknown"),
+        ("kind=sft", ": pairs is unknown"),
+        ("kind=preferences", ".kind: not rl"),
+    ):
+        wrong = parse_yaml(PAIRS, "pairs")
+        apply_override(wrong, override)
+        assert any(problem.startswith(where) for problem in problems(wrong, schema, schema)), override
 
 
 def test_a_recipe_without_method_and_objective_sections_is_left_to_the_loader(schema: dict[str, Any]) -> None:

@@ -98,3 +98,13 @@ def lucky(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
 def anything(completions: list[str], **kwargs: Any) -> list[float]:
     """Everything is right."""
     return [1.0] * len(completions)
+
+
+def rising(completion_ids: list[list[int]], trainer_state: Any, **kwargs: Any) -> list[float]:
+    """A reward that every batch earns more of."""
+    return [0.1 * trainer_state.global_step + value for value in mean_id(completion_ids)]
+
+
+def falling(completion_ids: list[list[int]], trainer_state: Any, **kwargs: Any) -> list[float]:
+    """A truth that holds less and less."""
+    return [1.0 - 0.1 * trainer_state.global_step + 0.01 * value for value in mean_id(completion_ids)]
