@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING
 from ..rollouts.noise import generator
 from ..rollouts.trajectory import Trajectory
 from .credit import Credit
-from .plan import Plan
-from .planning import StepPlan
+from .joint import AnyPlan, JointCredit
 
 if TYPE_CHECKING:
     from .trainer import UnmaskTrainer
 
 
 def plans_of(
-    trainer: UnmaskTrainer, trajectory: Trajectory, credit: Credit, key: tuple[int, str, int], *, inner_steps: int
-) -> list[Plan | StepPlan]:
+    trainer: UnmaskTrainer,
+    trajectory: Trajectory,
+    credit: Credit | JointCredit,
+    key: tuple[int, str, int],
+    *,
+    inner_steps: int,
+) -> list[AnyPlan]:
     """Return the plans of a batch for `inner_steps`, their draws keyed by (seed, purpose, step) and inner step.
 
     Every rank must call this.

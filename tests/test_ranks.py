@@ -39,6 +39,7 @@ KINDS = {
         "objective.estimator={name: trace, steps: uniform_k, k: 2}",
         "objective.weight=uniform",
     ],
+    "a planner beside the adapter": shortrun.JOINT,
     "estimated views, bounds of a rollout, one scale for all groups": [
         "method=spg",
         "objective={inner_steps: 2, estimator: {name: blockwise, size: 4, draws: 2}, advantage: batch_std}",
