@@ -141,6 +141,13 @@ def new_planner(spec: PlannerSpec, *, seed: int = 0, fingerprint: str = "") -> P
     return Planner(spec, network, fingerprint)
 
 
+def read_planner(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what `Planner.save` wrote: spec, fingerprint and notes, and the weights."""
+    with safe_open(file, framework="pt") as opened:
+        about: dict[str, Any] = json.loads(opened.metadata()["planner"])
+        return about, {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+
+
 def load_planner(path: str | Path, *, fingerprint: str | None = None) -> Planner:
     """Return the planner of a file, or of the folder that holds it or a run's `planner`.
 
@@ -152,9 +159,7 @@ def load_planner(path: str | Path, *, fingerprint: str | None = None) -> Planner
     if file is None:
         raise RecipeError(f"planner: '{path}' holds no {FILE}; name a trained planner's folder, or its run's.")
     try:
-        with safe_open(file, framework="pt") as opened:
-            about = json.loads(opened.metadata()["planner"])
-            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        about, state = read_planner(file)
         planner = new_planner(PlannerSpec.of(about["spec"]), fingerprint=about["fingerprint"])
         planner.network.load_state_dict(state)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:

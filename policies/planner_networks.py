@@ -75,26 +75,34 @@ class Transformer(nn.Module):
         nn.init.constant_(self.output.bias, bias)
 
     def forward(self, feature_BLF: Tensor) -> Logits:
-        """Return the logits."""
+        """Return the logits, on a CPU 0 at decided positions unless the planner counts: nobody reads those."""
         hidden = self.enter(feature_BLF[..., self.token_F])
-        shift = self.condition(self._given(feature_BLF))
-        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = shift.chunk(6, dim=-1)
-        attended = self._attend(self.norm_1(hidden) * (1 + scale_1) + shift_1)
-        hidden = hidden + (1 + gate_1) * attended
+        mask_BL = torch.ones_like(hidden[..., 0]) if self.mask_at is None else feature_BLF[..., self.mask_at]
+        # Of all conditions only the mask bit tells the positions of a row apart: two are computed, and each position
+        # takes its own by a product, which is exact and whose gradient is a sum in a fixed order.
+        bits_BL2 = torch.stack([1 - mask_BL, mask_BL], dim=-1)
+        scale_1, shift_1, *others = self.condition(self._given(feature_BLF)).chunk(6, dim=-1)
+        attended = self._attend(self.norm_1(hidden) * (1 + bits_BL2 @ scale_1) + bits_BL2 @ shift_1)
+        # From here on positions are by themselves. To ask how many are open waits for other devices, but not for a CPU.
+        open_K = mask_BL.flatten().nonzero().squeeze(1) if self.count is None and hidden.is_cpu else None
+        if open_K is None:
+            gate_1, scale_2, shift_2, gate_2 = (bits_BL2 @ value_B2W for value_B2W in others)
+        else:
+            row_K = open_K // mask_BL.shape[1]
+            gate_1, scale_2, shift_2, gate_2 = (value_B2W[:, 1].index_select(0, row_K) for value_B2W in others)
+            hidden, attended = (x.flatten(0, 1).index_select(0, open_K) for x in (hidden, attended))
+        hidden = hidden + (1 + gate_1) * self.join(attended)
         inner = self.norm_2(hidden) * (1 + scale_2) + shift_2
-        hidden = hidden + (1 + gate_2) * self.down(gelu(self.up(inner)))
-        hidden = self.norm_3(hidden)
-        count_BC = None if self.count is None else self.count(hidden.mean(dim=1))
-        return Logits(self.output(hidden).squeeze(-1), count_BC)
+        hidden = self.norm_3(hidden + (1 + gate_2) * self.down(gelu(self.up(inner))))
+        logit = self.output(hidden).squeeze(-1)
+        if open_K is not None:
+            logit = logit.new_zeros(mask_BL.numel()).index_copy(0, open_K, logit).view_as(mask_BL)
+        return Logits(logit, None if self.count is None else self.count(hidden.mean(dim=1)))
 
     def _given(self, feature_BLF: Tensor) -> Tensor:
-        """Return the condition of every position `[B, L, width]`."""
-        length = feature_BLF.shape[1]
-        mask_BL = torch.ones_like(feature_BLF[..., 0]) if self.mask_at is None else feature_BLF[..., self.mask_at]
-        # Two rows of a table and no look-up: its gradient is a sum in a fixed order.
-        given = self.mask.weight[0] + mask_BL[..., None] * (self.mask.weight[1] - self.mask.weight[0])
-        time_B = torch.zeros_like(mask_BL[:, 0]) if self.time_at is None else feature_BLF[:, 0, self.time_at]
-        given = given + self.clock(self._encoded(time_B, length))[:, None]
+        """Return the condition of a decided and of an open position of each row `[B, 2, width]`."""
+        time_B = torch.zeros_like(feature_BLF[:, 0, 0]) if self.time_at is None else feature_BLF[:, 0, self.time_at]
+        given = self.mask.weight + self.clock(self._encoded(time_B, feature_BLF.shape[1]))[:, None]
         return given if self.rows is None else given + self.rows(feature_BLF[:, 0, self.row_F])[:, None]
 
     def _encoded(self, time_B: Tensor, length: int) -> Tensor:
@@ -112,7 +120,7 @@ class Transformer(nn.Module):
             for matrix in (self.query, self.key, self.value)
         )
         found = scaled_dot_product_attention(_rotate(query), _rotate(key), value)
-        return self.join(found.transpose(1, 2).flatten(-2))
+        return found.transpose(1, 2).flatten(-2)
 
 
 def _rotate(x_BHLD: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class ExpertSection(Section):
 
 
 class PlannerSection(Section):
-    """The unmasking policy that a run trains (objective.actions: [positions])."""
+    """The unmasking policy that a run trains (objective.actions: [positions]; with tokens beside: the denoiser too)."""
 
     path: str | None = Field(None, min_length=1, description="a trained planner to go on from; null: a new one")
     network: Literal["transformer", "linear"] = Field("transformer", description="one adaLN block; linear: a baseline")
@@ -53,5 +53,8 @@ class PlannerSection(Section):
         None, description="categorical: the order that the planner is held to; null: none"
     )
     pull: float = Field(1e-4, ge=0, description="weight of its divergence from that order")
+    lr: float | None = Field(
+        None, gt=0, description="its learning rate where the denoiser is trained too, at optim.lr; null: the same"
+    )
     entropy: float = Field(0.0, ge=0, description="weight of the entropy of a choice; only after a warm start")
     chunk: Int = Field(64, ge=1, description="steps of one training forward")

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from ..rollouts.sampler import Sampler
 from .distributed import barrier, rank, world_size
+from .joint import POSITIONS, AnyPlan, Joint, JointPlan
 from .plan import Plan
 from .planning import StepPlan
 from .runfolder import write_json
@@ -105,14 +106,14 @@ def plan_path(folder: Path, rank: int, inner: int = 0) -> Path:
     return folder / (f"plan-{rank}-{inner}.safetensors" if inner else f"plan-{rank}.safetensors")
 
 
-def save_plan(path: Path, plan: Plan | StepPlan) -> None:
+def save_plan(path: Path, plan: AnyPlan) -> None:
     """Write a rank's plan with its trajectory."""
     tensors = {f"plan.{name}": value.contiguous() for name, value in plan.tensors().items()}
     recorded, constants = trajectory_tensors(plan.trajectory)
     save_file(tensors | recorded, path, metadata={"constants": json.dumps(constants)})
 
 
-def load_plan(path: Path, sampler: Sampler, device: torch.device | str = "cpu") -> Plan | StepPlan | None:
+def load_plan(path: Path, sampler: Sampler, device: torch.device | str = "cpu") -> AnyPlan | None:
     """Return the plan that `save_plan` wrote, or None when there is no such file; CheckpointReadError if damaged."""
     if not path.is_file():
         return None
@@ -121,7 +122,8 @@ def load_plan(path: Path, sampler: Sampler, device: torch.device | str = "cpu") 
             constants: dict[str, Any] = json.loads(file.metadata()["constants"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         planned = {key.removeprefix("plan."): value for key, value in tensors.items() if key.startswith("plan.")}
-        kind: type[Plan] | type[StepPlan] = Plan if "weight_K" in planned else StepPlan
+        joint = any(name.startswith(POSITIONS) for name in planned)
+        kind: type[AnyPlan] = JointPlan if joint else Plan if "weight_K" in planned else StepPlan
         return kind.from_tensors(trajectory_of(tensors, constants), sampler, planned)
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointReadError(f"{path}: damaged ({error}); resume from an earlier checkpoint.") from error
@@ -190,6 +192,8 @@ class PlanKeeper(TrainerCallback):
         self.trainer.collector.save(folder)
         if self.trainer.critic is not None:
             self.trainer.critic.save(folder)
+        if self.trainer.planning is not None and rank() == 0:
+            self.trainer.planning.save(folder / "planner", self.trainer.denoiser)
         if self.trainer.denoiser.root is not None:
             save_moments(folder, self.trainer.denoiser.model, kwargs["optimizer"])
         barrier()
@@ -207,6 +211,8 @@ class PlanKeeper(TrainerCallback):
                 load_sharded(checkpoint, self.trainer.denoiser, kwargs["optimizer"])
             if self.trainer.critic is not None:
                 self.trainer.critic.load(checkpoint)
+            if isinstance(self.trainer.objective, Joint):
+                self.trainer.objective.restore(checkpoint / "planner")
             if state.global_step % args.num_iterations:
                 self.trainer.plans = self._plans_in_flight(checkpoint, mark["ranks"])
             if rank() == 0 and checkpoint.parent.resolve() == Path(args.output_dir).resolve():
@@ -216,7 +222,7 @@ class PlanKeeper(TrainerCallback):
         self.trainer.alarms.begin(self.trainer.records.read() if rank() == 0 else [], state.global_step)
         self.trainer.begun = True
 
-    def _plans_in_flight(self, checkpoint: Path, ranks: int) -> list[Plan | StepPlan]:
+    def _plans_in_flight(self, checkpoint: Path, ranks: int) -> list[AnyPlan]:
         """Return this rank's plans; CheckpointReadError when the batch was shared among another number of ranks."""
         if ranks != world_size():
             raise CheckpointReadError(

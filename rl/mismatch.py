@@ -8,12 +8,12 @@ import torch
 
 from ..rollouts.sampler import Sampler
 from .distributed import gather_objects
-from .plan import Plan
+from .joint import AnyPlan, JointPlan
 from .planning import StepPlan
 
 
 @torch.no_grad()
-def mismatch_by_step(plan: Plan | StepPlan, sampler: Sampler, old: str) -> dict[str, Any]:
+def mismatch_by_step(plan: AnyPlan, sampler: Sampler, old: str) -> dict[str, Any]:
     """Return the gap log mu - log pi_old of the scored tokens of all ranks, nats; every rank must call this.
 
     Empty for a planner's plan, for a sampler that draws from the policy itself, and where `old` says that nothing was
@@ -23,6 +23,7 @@ def mismatch_by_step(plan: Plan | StepPlan, sampler: Sampler, old: str) -> dict[
     (samplers.md section 4.1). `mismatch/kl` and `mismatch/max` are mean and largest gap over all tokens,
     `mismatch/kl_by_step` and `mismatch/max_by_step` those of each denoising step, None where no token was scored.
     """
+    plan = plan.tokens if isinstance(plan, JointPlan) else plan
     if isinstance(plan, StepPlan) or sampler.mismatch is None or old != "recompute":
         return {}
     views, tokens = plan.views, len(plan.weight_K)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..policies.planner import Planner
+from ..policies.planner import Planner, fingerprint_of
 from ..recipes.registry import RecipeError
 from ..rollouts.noise import uniform
 from ..rollouts.planned import Acting, Expert
@@ -24,7 +24,6 @@ from ..rollouts.trajectory import GIVEN, Trajectory
 from ..rollouts.worker import RolloutBatch
 from . import orders
 from .credit import Credit
-from .defaults import trainable
 from .distributed import gather_objects, total
 from .losses import NonFiniteError, require_bounded
 
@@ -234,7 +233,7 @@ class Planning:
         Raises NonFiniteError or RatioError before the backward of a chunk whose loss is not finite, or one of whose
         ratios exceeds the limit. Every rank must call this.
         """
-        sums = dict.fromkeys(("loss", "entropy", "clip_like", "ratio_max", "logprob"), 0.0)
+        sums = dict.fromkeys(("loss", "entropy", "ratio_max", "logprob"), 0.0)
         for start in range(0, len(plan.row_N), self.chunk):
             part = slice(start, start + self.chunk)
             logprob_N, entropy_N, pull_N = _scores(self, plan, part)
@@ -253,14 +252,14 @@ class Planning:
             sums["logprob"] += logprob_N.detach().sum().item()
             if len(log_ratio_N):
                 sums["ratio_max"] = max(sums["ratio_max"], (log_ratio_N.exp() - 1).abs().max().item())
-        count = max(len(plan.row_N), 1)
+        steps = total(float(len(plan.row_N)))
         low, high = self.alpha
         return {
             "loss": total(sums["loss"]),
-            "entropy": sums["entropy"] / count,
-            "choice_logprob": sums["logprob"] / count,
-            "ratio_max_deviation": sums["ratio_max"],
-            "steps": float(len(plan.row_N)),
+            "entropy": total(sums["entropy"]) / max(steps, 1.0),
+            "choice_logprob": total(sums["logprob"]) / max(steps, 1.0),
+            "ratio_max_deviation": max(gather_objects(sums["ratio_max"])),
+            "steps": steps,
             **({"alpha": float(self.learner.price)} if low == high else {}),
         }
 
@@ -284,9 +283,10 @@ class Planning:
         loss = loss + torch.where(own_N, shares_N, 0.0).sum() / max(plan.mass, 1.0)
         return loss, torch.where(own_N, ratio_N, 0.0).detach()
 
-    def save(self, directory: str | Path, **notes: Any) -> Path:
-        """Write the planner with the range of its trade-off."""
-        return self.planner.save(directory, alpha=list(self.alpha), **notes)
+    def save(self, directory: str | Path, denoiser: Any = None, **notes: Any) -> Path:
+        """Write the planner with its trade-off, and the fingerprint of the `denoiser` it belongs to by now."""
+        planner = self.planner if denoiser is None else replace(self.planner, fingerprint=fingerprint_of(denoiser))
+        return planner.save(directory, alpha=list(self.alpha), price=float(self.learner.price), **notes)
 
 
 def _scores(planning: Planning, plan: StepPlan, part: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -320,18 +320,6 @@ def _mixed(logprob_N: Tensor, share: float) -> Tensor:
     """Return log[(1 - e) p + e] with e the share of experts, the published behaviour of an expert's step."""
     point_N = torch.full_like(logprob_N, math.log(share))
     return torch.logaddexp(logprob_N + math.log(1 - share), point_N)
-
-
-def samplers_of(planning: Planning | None, training: Sampler, evaluation: Sampler) -> tuple[Sampler, Sampler]:
-    """Return both samplers with the planner in them; without one, RecipeError where no tokens could be trained."""
-    if planning is None:
-        return trainable(training), evaluation
-    return planning.acting(training), planning.evaluating(evaluation)
-
-
-def rewards_compared(planning: Planning | None, batch: RolloutBatch, number: int) -> Tensor:
-    """Return the rewards that are compared in a group, with speed in them where a planner learns."""
-    return batch.rewards.total_B if planning is None else planning.credit(batch, number)
 
 
 def bound(sampler: Sampler, act: Acting) -> Sampler:

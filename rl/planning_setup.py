@@ -10,6 +10,9 @@ from ..policies.planner import FEATURES, FILE, Planner, PlannerSpec, fingerprint
 from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import Recipe
 from . import orders, speed  # noqa: F401 (importing registers the parts)
+from .crediting import by_step
+from .joint import Joint
+from .objective import Objective, build_objective
 from .planning import Planning
 
 
@@ -49,6 +52,14 @@ def build_planning(recipe: Recipe, denoiser: Any) -> Planning | None:
     )
 
 
+def build_objectives(recipe: Recipe, denoiser: Any) -> tuple[Objective | Joint, Planning | None]:
+    """Return the objective of a recipe, a joint one where denoiser and planner are trained, and the planner's part."""
+    objective, planning = build_objective(recipe.objective.model_dump()), build_planning(recipe, denoiser)
+    if planning is None or recipe.planner is None or "tokens" not in recipe.objective.actions:
+        return objective, planning
+    return Joint(objective, planning, recipe.planner.lr), planning
+
+
 def planner_notes(recipe: Recipe) -> dict[str, Any]:
     """Return what a saved planner says about its training."""
     schedule = recipe.rollout.sampler.schedule
@@ -76,14 +87,7 @@ def check_planning(recipe: Recipe) -> None:
         raise RecipeError(
             "objective.actions: positions are a planner's choices; add a `planner` section (`planner: {}`)."
         )
-    if "tokens" in actions:
-        raise RecipeError("objective.actions: tokens and positions are trained in runs of their own; name one.")
-    if recipe.model.lora is not None or recipe.model.sharding != "none":
-        raise RecipeError(
-            "model: a run that trains a planner leaves the denoiser as it is; drop model.lora and sharding."
-        )
-    if recipe.objective.beta > 0:
-        raise RecipeError(f"objective.beta: {recipe.objective.beta:g}, but a planner has no reference; set it to 0.")
+    _check_denoiser(recipe)
     sampler = recipe.rollout.sampler
     if sampler.score["name"] != "planner" or sampler.selection["name"] != "planned":
         raise RecipeError("rollout.sampler: a planner acts by score planner with selection planned; name both.")
@@ -104,6 +108,29 @@ def check_planning(recipe: Recipe) -> None:
         levels=() if expert is None else tuple(expert.levels),
         steering="none" if expert is None else expert.steering,
     )
+
+
+def _check_denoiser(recipe: Recipe) -> None:
+    """Raise RecipeError for choices that only one of planner alone and planner with denoiser can have."""
+    objective, advantage = recipe.objective, recipe.objective.advantage["name"]
+    if recipe.model.sharding != "none":
+        raise RecipeError("model.sharding: a planner is trained beside a denoiser that is whole; set it to none.")
+    if advantage in SLOTS["advantage"] and by_step(SLOTS["advantage"].get(advantage)):
+        raise RecipeError(
+            f"objective.advantage: '{advantage}' tells steps apart, a planner is paid for rollouts; use group_mean."
+        )
+    if "tokens" in objective.actions:
+        return
+    if recipe.model.lora is not None:
+        raise RecipeError(
+            "model.lora: a run of positions alone leaves the denoiser as it is; drop it, or train both (method: joint)."
+        )
+    if objective.beta > 0:
+        raise RecipeError(f"objective.beta: {objective.beta:g}, but a planner has no reference; set it to 0.")
+    if recipe.planner is not None and recipe.planner.lr is not None:
+        raise RecipeError(
+            f"planner.lr: {recipe.planner.lr:g}, but nothing else is trained: its learning rate is optim.lr; drop it."
+        )
 
 
 def _range(alpha: float | tuple[float, float]) -> tuple[float, float]:

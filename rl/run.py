@@ -32,8 +32,7 @@ from .distributed import rank
 from .evaluate import Evaluation, heldout_rows
 from .evaluate import evaluate as evaluate_rows
 from .manifests import run_manifest
-from .objective import build_objective
-from .planning_setup import build_planning, planner_notes
+from .planning_setup import build_objectives, planner_notes
 from .runfolder import RunError, no_empty_folder, run_folder, write_atomically, write_json
 from .settings import cpu_backend, device_of, rewards_of, scoring_of
 from .sharding import gathered, save_trained
@@ -77,10 +76,10 @@ def train(recipe: Recipe, *, nproc: int = 1, resume: Path | None = None) -> dict
         closing = ClosingEvaluation()
         trainer.add_callback(closing)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.planning is None:
+        if "tokens" in recipe.objective.actions:
             save_policy(trainer.denoiser, folder)
-        elif rank() == 0:
-            trainer.planning.save(folder / "planner", **planner_notes(recipe))
+        if trainer.planning is not None and rank() == 0:
+            trainer.planning.save(folder / "planner", trainer.denoiser, **planner_notes(recipe))
         after = _plain(closing.metrics) if closing.metrics else _evaluated(trainer)
         summary = {
             "run": folder.name,
@@ -121,6 +120,7 @@ def build_trainer(recipe: Recipe, folder: Path) -> UnmaskTrainer:
         peft_config = lora_config(denoiser, **lora.model_dump())
     evaluation_sampler = (recipe.evaluation.sampler or recipe.rollout.sampler).model_dump()
     task = SLOTS["task"].build(recipe.task)
+    objective, planning = build_objectives(recipe, denoiser)
     return UnmaskTrainer(
         model=denoiser,
         reward_funcs=rewards_of(recipe),
@@ -131,11 +131,11 @@ def build_trainer(recipe: Recipe, folder: Path) -> UnmaskTrainer:
         peft_config=peft_config,
         sampler=build_sampler(recipe.rollout.sampler.model_dump(), temperature=recipe.rollout.temperature),
         eval_sampler=build_sampler(evaluation_sampler),
-        objective=build_objective(recipe.objective.model_dump()),
+        objective=objective,
         advantage=SLOTS["advantage"].build(recipe.objective.advantage),
         start=SLOTS["canvas"].build(recipe.rollout.start, "rollout.start"),
         exploration=build_exploration(recipe.exploration.model_dump()),
-        planning=build_planning(recipe, denoiser),
+        planning=planning,
         value=None if recipe.value is None else ValueSettings(**recipe.value.model_dump()),
         alarms=recipe.alarms,
         optim={"name": recipe.optim.optimizer, "matrix_lr": recipe.optim.matrix_lr, "betas": tuple(recipe.optim.betas)},

@@ -73,7 +73,9 @@ def open_target(target: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Den
     if found.run is None:
         return recipe, load_policy(recipe)
     if recipe.planner is not None:
-        return with_planner(recipe, found.run), load_policy(recipe)
+        recipe = with_planner(recipe, found.checkpoint or found.run)
+        if "tokens" not in recipe.objective.actions:
+            return recipe, load_policy(recipe)
     return recipe, _trained(recipe, found.run, found.checkpoint)
 
 

@@ -27,18 +27,18 @@ from .alarms import Alarms
 from .checkpoints import PlanKeeper, file_errors, starting_point
 from .collecting import Collector, Exploration
 from .config import UnmaskConfig
-from .crediting import asks_for_drafts, credited
-from .defaults import default_objective, default_sampler
+from .crediting import asks_for_drafts
+from .defaults import default_sampler
 from .distributed import gather_objects, rank, reduce_gradients
 from .evaluate import evaluate
 from .finite import require_finite_gradient
 from .guards import batch_kept, sounded, stop_if_asked
+from .joint import AnyPlan, Joint, credit_batch, learned_by, settled
 from .mismatch import mismatch_by_step
 from .objective import Objective
 from .optimizers import build_optimizer
-from .plan import Plan
 from .planmaking import plans_of
-from .planning import Planning, StepPlan, rewards_compared, samplers_of
+from .planning import Planning
 from .progress import Progress
 from .records import Records, batch_metrics, merge_metrics, write_rollouts
 from .settings import peak_memory_gb
@@ -63,11 +63,14 @@ class UnmaskTrainer(Trainer):
     adapts the family's linear layers. `sampler` (at the temperature of `args`), `objective` and `advantage` default to
     blocks of 32 with two tokens a step, the CJ-GRPO row, and group_mean; `start` is a canvas part (default: masks), and
     `exploration` what is done for groups that fail or tell nothing (default: nothing). One `training_step` is one step.
-    With `planning` the planner is `learned`, that is optimised and checkpointed; a `value` model learns beside it all.
+    With `planning` the planner is what is learned, with an `objective` that is Joint it and the denoiser are; a `value`
+    model learns beside either.
     `alarms` say what a run that goes wrong warns of, or stops at.
     """
 
     args: UnmaskConfig
+    # Objective, Planning or Joint: what one credits and plans is its own and goes to no other.
+    objective: Any
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class UnmaskTrainer(Trainer):
         *,
         sampler: Sampler | None = None,
         eval_sampler: Sampler | None = None,
-        objective: Objective | None = None,
+        objective: Objective | Joint | None = None,
         advantage: Callable[[Tensor, Tensor], Tensor] = advantages.group_mean,
         optim: dict[str, Any] | None = None,
         scoring: ScoringConfig | None = None,
@@ -102,9 +105,8 @@ class UnmaskTrainer(Trainer):
         check_group(args.num_generations, advantage)
         sampler = replace(sampler or default_sampler(args), temperature=args.temperature)
         tested = replace(eval_sampler or sampler, temperature=args.evaluation_temperature)
-        self.planning, (self.sampler, tested) = planning, samplers_of(planning, sampler, tested)
-        self.objective: Objective | Planning = planning or objective or default_objective(args, self.sampler)
-        self.learned: Any = denoiser.model if planning is None else planning.learner
+        self.objective, self.planning, self.sampler, tested = settled(objective, planning, args, sampler, tested)
+        self.learned: Any = learned_by(self.objective, denoiser)
         self.advantage, self.optim, self.value = advantage, optim or {}, value
         self.alarms = Alarms(alarms or AlarmsSection())
         self.worker = RolloutWorker(
@@ -124,7 +126,7 @@ class UnmaskTrainer(Trainer):
         self.eval_worker = replace(self.worker, sampler=tested, drafts=False)
         self.folder = Path(str(args.output_dir))
         super().__init__(
-            model=self.learned,
+            model=self.learned[0],
             args=args,
             train_dataset=range(args.max_steps),  # type: ignore[arg-type]
             eval_dataset=self.eval_rows,  # type: ignore[arg-type]
@@ -137,7 +139,7 @@ class UnmaskTrainer(Trainer):
         self.model_accepts_loss_kwargs, self.records = False, Records(self.folder)
         # The plans in flight, one or one an inner step, and their batch (not after a resume between inner steps); the
         # checkpoint that `train` resumes from; whether it was read.
-        self.plans: list[Plan | StepPlan] = []
+        self.plans: list[AnyPlan] = []
         self.batch: RolloutBatch | None = None
         self.checkpoint: Path | None = None
         self.begun, self._metrics = False, dict[str, Any]()
@@ -171,16 +173,19 @@ class UnmaskTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as peft does, or all weights in the vendor's layout, which `load_denoiser` reads."""
+        folder, alone = Path(output_dir or self.folder), isinstance(self.objective, Planning)
         if self.planning is not None and not _internal_call:
-            self.planning.save(output_dir or self.folder)
-        elif (state := gathered(self.denoiser)) is not None:
+            self.planning.save(folder if alone else folder / "planner", self.denoiser)
+            if alone:
+                return
+        if (state := gathered(self.denoiser)) is not None:
             if self.args.should_save:
                 save = save_for_resuming if _internal_call else save_trained
-                save(self.denoiser, Path(output_dir or self.folder), state)
+                save(self.denoiser, folder, state)
         elif _internal_call or isinstance(self.denoiser.model, PeftModel):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
-            self.denoiser.save(output_dir or self.folder)
+            self.denoiser.save(folder)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return step numbers; what a step trains on follows from its number, in every process and after a resume."""
@@ -195,7 +200,10 @@ class UnmaskTrainer(Trainer):
                 shard_for_training(self.accelerator, self.denoiser, self.reference)
             defaults: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
             defaults["betas"] = (args.adam_beta1, args.adam_beta2)
-            self.optimizer = build_optimizer(self.learned.named_parameters(), **(defaults | self.optim))
+            knobs = defaults | self.optim
+            self.optimizer = build_optimizer(self.learned[0].named_parameters(), **knobs)
+            if isinstance(self.objective, Joint):
+                self.optimizer = self.objective.with_planner(self.optimizer, knobs)
             if self.denoiser.root is not None:
                 leave_out_moments(self.optimizer)
         return self.optimizer
@@ -207,8 +215,7 @@ class UnmaskTrainer(Trainer):
         number, inner = divmod(step, self.args.num_iterations)
         if not self.plans or inner == 0:
             batch = self._collect(step)
-            reward_B = rewards_compared(self.planning, batch, number)
-            batch, credit = credited(self.worker, batch, self.advantage, reward_B)
+            batch, credit = credit_batch(self.objective, self.worker, batch, self.advantage, number)
             self.batch = batch
             self._report(batch, step)
             key = (self.args.seed, "estimator", step)
@@ -218,9 +225,12 @@ class UnmaskTrainer(Trainer):
         planned = time.perf_counter()
         model.train()
         with batch_kept(self, step):
-            statistics = self.objective.backward(self.denoiser, self.plans[inner % len(self.plans)])  # type: ignore[arg-type]
-            reduce_gradients(self.learned.parameters(), average=False)
-            require_finite_gradient(self.learned.parameters(), step)
+            statistics = self.objective.backward(self.denoiser, self.plans[inner % len(self.plans)])
+            trained = [parameter for module in self.learned for parameter in module.parameters()]
+            reduce_gradients(trained, average=False)
+            require_finite_gradient(trained, step)
+        if isinstance(self.objective, Joint):
+            statistics["planner_grad_norm"] = self.objective.clip(self.args.max_grad_norm)
         self._metrics |= {f"train/{name}": value for name, value in statistics.items() if name != "loss"}
         self._metrics["time/update_s"] = time.perf_counter() - planned
         self._metrics["time/step_s"] = time.perf_counter() - started

@@ -43,6 +43,13 @@ optim: {lr: 1.0e-2, steps: 4}
 evaluation: {problems: 5, temperature: 0.0}
 run: {directory: runs, log_rollouts_every: 1}
 """
+# Overrides that make of it a run which trains a planner as well.
+JOINT = [
+    "method=joint",
+    "planner={width: 16, mlp: 32, lr: 3e-3, alpha: [0.5, 2.0], expert: {levels: [0.5], warmup: 1}}",
+    "rollout.sampler={schedule: {name: blocks, size: 8, per_step: 1}, score: planner, selection: planned}",
+    "objective.estimator={name: trace, steps: uniform_k, k: 2, tokens: all}",
+]
 
 
 def parameters(kinds: dict[str, Any], *, often: Sequence[str]) -> list[Any]:
@@ -77,9 +84,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """Return what a run has trained."""
+    """Return what a run has trained, a planner among it."""
     adapter = folder / "adapter" / "adapter_model.safetensors"
-    return load_file(adapter if adapter.is_file() else folder / "model" / "model.safetensors")
+    found = load_file(adapter if adapter.is_file() else folder / "model" / "model.safetensors")
+    planner = folder / "planner" / "planner.safetensors"
+    return found | (load_file(planner) if planner.is_file() else {})
 
 
 def same_weights(one: Path, other: Path) -> bool:

@@ -146,9 +146,10 @@ def test_the_published_size_and_start() -> None:
     rng = torch.Generator().manual_seed(0)
     odds_BL = torch.rand(4, 64, generator=rng)
     seen = []
-    for masked, time in itertools.product((0.0, 1.0), (0.0, 0.7)):
-        features = torch.stack([odds_BL, torch.full_like(odds_BL, masked), torch.full_like(odds_BL, time)], dim=2)
-        seen.append(planner.network(features).logit_BL)
+    open_L = torch.arange(64) % 2 == 0
+    for masked_L, time in itertools.product((open_L.float(), torch.ones(64)), (0.0, 0.7)):
+        features = torch.stack([odds_BL, masked_L.expand_as(odds_BL), torch.full_like(odds_BL, time)], dim=2)
+        seen.append(planner.network(features).logit_BL[:, open_L])
     assert all(torch.equal(logit_BL, seen[0]) for logit_BL in seen), "the condition's matrix starts at 0"
     assert 0.05 < torch.sigmoid(seen[0]).mean().item() < 0.25
 
@@ -168,6 +169,29 @@ def test_the_block_against_its_formulas() -> None:
         logit_L, count_C = reference(network, features[row])
         torch.testing.assert_close(found.logit_BL[row], logit_L)
         torch.testing.assert_close(found.count_BC[row], count_C)
+
+
+def test_a_cpu_leaves_out_what_is_decided() -> None:
+    """Open positions have the logits, and parameters the gradients, of the network that computes all positions."""
+    planner = new_planner(PlannerSpec(width=8, mlp=12), seed=3)
+    network = planner.network.double()
+    rng = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, dtype=torch.float64, generator=rng)
+    features = torch.rand(3, 5, len(FEATURES), dtype=torch.float64, generator=rng)
+    open_BL = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]])
+    features[..., FEATURES.index("masked")] = open_BL.double()
+    features[..., [FEATURES.index(n) for n in ("time", "left", "alpha")]] = torch.tensor([0.4, 0.8, -1.2]).double()
+    counting = new_planner(PlannerSpec(width=8, mlp=12, distribution="count")).network.double()
+    counting.load_state_dict(network.state_dict(), strict=False)
+    weight_BL = torch.randn(3, 5, dtype=torch.float64, generator=rng) * open_BL
+    found, whole = (net(features).logit_BL for net in (network, counting))
+    torch.testing.assert_close(found, whole * open_BL)
+    for logit_BL in (found, whole):
+        (weight_BL * logit_BL).sum().backward()
+    others = dict(counting.named_parameters())
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.grad, others[name].grad, msg=name)
 
 
 def reference(network: torch.nn.Module, feature_LF: Tensor) -> tuple[Tensor, Tensor]:

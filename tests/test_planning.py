@@ -359,8 +359,8 @@ def test_a_run_trains_saves_resumes_and_is_evaluated(model: Path) -> None:
     [
         (["planner=null"], "add a `planner` section"),
         (["objective.actions=[tokens]"], "nothing trains it"),
-        (["objective.actions=[tokens, positions]"], "runs of their own"),
-        (["model.lora={rank: 2}"], "drop model.lora"),
+        (["model.lora={rank: 2}"], "leaves the denoiser as it is"),
+        (["planner.lr=0.1"], "its learning rate is optim.lr"),
         (["rollout.sampler.selection=top"], "score planner with selection planned"),
         (["rollout.sampler.selection={name: planned, decide: mode}"], "learns from what it draws"),
         (["objective.beta=0.1"], "no reference"),

@@ -44,6 +44,7 @@ KINDS = {
         "objective={inner_steps: 2, estimator: {name: trace, merge: 2}}",
         "value={lr: 1e-2, updates: 2, decay: 0.8, discount: 0.9}",
     ],
+    "a planner beside the adapter": shortrun.JOINT,
     "estimated views, bounds of a rollout, one scale for all groups": [
         "method=spg",
         "objective={inner_steps: 2, estimator: {name: blockwise, size: 4, draws: 2}, advantage: batch_std}",

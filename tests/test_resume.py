@@ -65,6 +65,14 @@ KINDS = {
         "value={network: head, lr: 1e-2}",
     ],
     "muon": ["optim.optimizer=muon"],
+    "a planner beside the adapter": shortrun.JOINT,
+    "a planner beside all weights, muon, dual ascent": [
+        *shortrun.JOINT,
+        "model.lora=null",
+        "optim.optimizer=muon",
+        "planner.alpha=1.0",
+        "planner.target_nfe=5.0",
+    ],
     "canvases drawn anew for each inner step": [
         "method=coupled_grpo",
         "objective={inner_steps: 3, beta: 0.05, chunk: 7}",

@@ -1,0 +1,172 @@
+"""Planner alone, denoiser alone and both in one run on the shipped model: held-out exact rate against denoiser calls.
+
+python benchmarks/joint.py [--arms NAME ...] [--seeds 3] [--steps 60] [--problems 256] [--json FILE]
+
+Each arm is `joint_tiny` with what it does not train left out: the same task, batches, updates and full diffusion. The
+denoiser alone rolls out by a confidence threshold; a planner alone sees the likeliest tokens, as its own recipe has it.
+Every arm is decoded greedily on the same held-out problems, planners at several trade-offs, the denoiser at several
+thresholds. Finished runs are read from the result file, so that an interrupted benchmark goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, mean_and_error, save
+
+from unmask.rl.bench_policies import Grid, bench_policies
+
+RECIPE, CANVAS = "joint_tiny", 64
+ALPHAS, LEVELS = (0.3, 1.0, 3.0), (0.5, 0.7, 0.9)
+COMMON = ["rollout.prompts=8", "evaluation.problems=16", f"rollout.canvas={CANVAS}"]
+THRESHOLD = "{schedule: {name: whole, per_step: 1}, score: confidence, selection: {name: threshold, level: 0.7}}"
+ARMS: dict[str, list[str]] = {
+    "planner": [
+        *("method=unmask_policy", "model.lora=null", "rollout.temperature=0.0"),
+        *("planner.lr=null", "optim.lr=1.0e-3"),
+    ],
+    "denoiser": [
+        *("planner=null", "objective={actions: [tokens]}", f"rollout.sampler={THRESHOLD}", "evaluation.sampler=null"),
+    ],
+    "joint": [],
+}
+
+
+def run(arm: str, seed: int, steps: int, problems: int, overrides: list[str]) -> dict[str, Any]:
+    """Train once in a process of its own and return what the metrics say, and how the result decodes."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "summary.json"
+        command = [sys.executable, "-m", "unmask.rl.cli", "train", RECIPE, *COMMON, *ARMS[arm], f"run.seed={seed}"]
+        command += [f"optim.steps={steps}", f"run.directory={folder}", *overrides, "--json", str(output)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        trained = Path(folder) / RECIPE
+        records = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
+        wall_s = json.loads(output.read_text())["wall_s"]
+        rows = decoded(arm, str(trained), problems)
+    batches = [record for record in records if "rollout/nfe" in record]
+    return {
+        "arm": arm,
+        "seed": seed,
+        "steps": steps,
+        "rows": rows,
+        "reward": [record["reward/total"] for record in batches],
+        "nfe": [record["rollout/nfe"] for record in batches],
+        "wall_s": wall_s,
+    }
+
+
+def decoded(arm: str, trained: str, problems: int) -> list[dict[str, Any]]:
+    """Return held-out rows of a run: of its planner where there is one, and of thresholds where the denoiser learned.
+
+    All arms and seeds decode the same problems.
+    """
+    grid = Grid(
+        blocks=() if arm == "planner" else (CANVAS,),
+        levels=LEVELS,
+        per_step=(),
+        factors=(),
+        nats=(),
+        random=(),
+        planners=() if arm == "denoiser" else (trained,),
+        alphas=ALPHAS,
+    )
+    found = bench_policies(trained, grid, problems=problems, overrides=["run.seed=0"])["rows"]
+    kept = ("knob", "exact", "stderr", "nfe", "nfe_stderr", "reward")
+    return [{"kind": row["kind"].split()[0], **{name: row[name] for name in kept}} for row in found]
+
+
+def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return means and standard errors over seeds, a row for each arm and way to decode it."""
+    cells: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+    for entry in runs:
+        for row in entry["rows"]:
+            cells.setdefault((entry["arm"], row["kind"], row["knob"]), []).append(row)
+    return [
+        {"arm": arm, "kind": kind, "knob": knob}
+        | {name: mean_and_error([row[name] for row in own]) for name in ("exact", "nfe")}
+        | {"reward": {a: mean_and_error([row["reward"][a] for row in own]) for a in own[0]["reward"]}}
+        for (arm, kind, knob), own in cells.items()
+    ]
+
+
+def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return for each trade-off the joint run's reward minus that of its better half, paired by seed.
+
+    A planner decodes at the trade-off that it is told; of the denoiser's thresholds the best of these results counts.
+    """
+    found = []
+    for alpha in ALPHAS:
+        rewards: dict[str, dict[int, float]] = {}
+        for row in table(runs):
+            told_another = row["kind"] == "planner" and row["knob"] != alpha
+            if told_another or (row["arm"], row["kind"]) == ("joint", "threshold"):
+                continue
+            own = {entry["seed"]: _reward(entry, row, alpha) for entry in runs if entry["arm"] == row["arm"]}
+            if row["arm"] not in rewards or sum(own.values()) > sum(rewards[row["arm"]].values()):
+                rewards[row["arm"]] = own
+        halves = [arm for arm in ("planner", "denoiser") if arm in rewards]
+        if "joint" not in rewards or not halves:
+            continue
+        better = max(halves, key=lambda arm: sum(rewards[arm].values()) / len(rewards[arm]))
+        seeds = sorted(rewards["joint"].keys() & rewards[better].keys())
+        gains = [rewards["joint"][seed] - rewards[better][seed] for seed in seeds]
+        means = {arm: mean_and_error(list(values.values())) for arm, values in rewards.items()}
+        found.append({"alpha": alpha, "better_half": better, "reward": means, "gain": mean_and_error(gains)})
+    return found
+
+
+def _reward(entry: dict[str, Any], like: dict[str, Any], alpha: float) -> float:
+    (row,) = [row for row in entry["rows"] if (row["kind"], row["knob"]) == (like["kind"], like["knob"])]
+    return row["reward"][f"{alpha:g}"]
+
+
+def show(runs: list[dict[str, Any]]) -> None:
+    """Print the table and the comparison."""
+    print(f"{'arm':9} {'decoded by':12} {'knob':>5} {'exact':>15} {'NFE':>14}  reward at alpha {ALPHAS}")
+    for row in table(runs):
+        exact, nfe = (f"{row[k]['mean']:.3f} ± {row[k]['stderr']:.3f}" for k in ("exact", "nfe"))
+        rewards = "  ".join(f"{row['reward'][f'{alpha:g}']['mean']:.3f}" for alpha in ALPHAS)
+        print(f"{row['arm']:9} {row['kind']:12} {row['knob']:5g} {exact:>15} {nfe:>14}  {rewards}")
+    for row in compared(runs):
+        gain = row["gain"]
+        means = ", ".join(f"{arm} {value['mean']:.3f}" for arm, value in row["reward"].items())
+        print(
+            f"alpha {row['alpha']:g}: joint - {row['better_half']} = {gain['mean']:+.3f} ± {gain['stderr']:.3f} "
+            f"(n={gain['n']} seeds; {means})"
+        )
+
+
+def main() -> None:
+    """Run what is missing, print the table, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--problems", type=int, default=256)
+    parser.add_argument("--json", type=Path, default=RESULTS / "joint.json")
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    runs: list[dict[str, Any]] = []
+    if arguments.json.is_file():
+        runs = json.loads(arguments.json.read_text())["result"]["runs"]
+    for seed in range(arguments.seeds):
+        for arm in arguments.arms:
+            if any((entry["arm"], entry["seed"], entry["steps"]) == (arm, seed, arguments.steps) for entry in runs):
+                continue
+            runs.append(run(arm, seed, arguments.steps, arguments.problems, arguments.overrides))
+            print(f"{arm} seed {seed}: trained in {runs[-1]['wall_s']:.0f} s", flush=True)
+            result = {"runs": runs, "rows": table(runs), "compared": compared(runs), "problems": arguments.problems}
+            result |= {"common": COMMON, "arms": ARMS, "overrides": arguments.overrides}
+            save("joint", result, arguments.json, seeds={"first": 0, "count": arguments.seeds})
+    show(runs)
+    print(f"wrote {arguments.json}")
+
+
+if __name__ == "__main__":
+    main()
