@@ -5,6 +5,8 @@ python benchmarks/policy_toys.py [--seeds 3] [--json FILE]
 `exchangeable`: 8 equal positions, each newly decided one right with probability 1 - c (1 - n/8)^2 when n are decided
 already; the best value is found by dynamic programming. `trap`: 8 text positions in a random forest, certain only once
 their parent stands, and 4 padding positions that always look certain and are right only behind the finished text.
+`regret`: the exchangeable problem, whose denoiser likes a wrong token as little once it stands as before; a policy that
+may take tokens back is measured against the best of all that may not, and of all that may.
 """
 
 from __future__ import annotations
@@ -67,17 +69,26 @@ class Exchangeable:
         """Return which rollouts are right."""
         return (trajectory.tokens_BL == RIGHT).all(dim=1)
 
-    def best(self, alpha: float) -> float:
-        """Return the best value, by dynamic programming over (decided, calls)."""
+    def best(self, alpha: float, budget: int = 0) -> float:
+        """Return the best value, by dynamic programming over (right, wrong, calls).
+
+        With a `budget` up to so many wrong tokens are taken back in a step, fewer than are opened.
+        """
 
         @functools.cache
-        def value(done: int, calls: int) -> float:
+        def value(right: int, wrong: int, calls: int) -> float:
+            done, found = right + wrong, 0.0
             if done == self.length:
-                return ((self.length - calls + 1) / self.length) ** alpha
-            right = 1 - self.c * (1 - done / self.length) ** 2
-            return max(right**k * value(done + k, calls + 1) for k in range(1, self.length - done + 1))
+                return ((self.length - calls + 1) / self.length) ** alpha if not wrong else 0.0
+            chance = 1 - self.c * (1 - done / self.length) ** 2
+            for k in range(1, self.length - done + 1):
+                share_K = [math.comb(k, n) * chance**n * (1 - chance) ** (k - n) for n in range(k + 1)]
+                for back in range(min(k - 1, wrong, budget) + 1):
+                    after = (value(right + n, wrong - back + k - n, calls + 1) for n in range(k + 1))
+                    found = max(found, sum(p * v for p, v in zip(share_K, after, strict=True)))
+            return found
 
-        return value(0, 0)
+        return value(0, 0, 0)
 
 
 class Trap:
@@ -151,6 +162,12 @@ def roll(
     return denoise(toy, sampler, prompt_BP, torch.ones_like(prompt_BP) > 0, canvas_BL, ids_B, seed=seed, step=step)
 
 
+def planned(planner: Planner, **score: Any) -> dict[str, Any]:
+    """Return the sampler's section with which a planner acts."""
+    takes = {"remasking": "planned"} if planner.spec.remasks else {}
+    return {**PLANNED, **takes, "score": {"name": "planner", **score}}
+
+
 def sampler_of(section: dict[str, Any], temperature: float) -> Sampler:
     """Return a sampler that fills the whole canvas."""
     return build_sampler({"eos": {"rule": "none"}, **section}, temperature=temperature)
@@ -158,7 +175,7 @@ def sampler_of(section: dict[str, Any], temperature: float) -> Sampler:
 
 def train(toy: Any, planning: Planning, *, batches: int, prompts: int, lr: float, temperature: float) -> None:
     """Train by the recipe's own steps: roll out, credit, advantage, plan, two updates."""
-    sampler = planning.acting(sampler_of(PLANNED, temperature))
+    sampler = planning.acting(sampler_of(planned(planning.planner), temperature))
     optimizer = torch.optim.Adam(planning.learner.parameters(), lr=lr, betas=(0.9, 0.99))
     rows = prompts * planning.group
     ids_B = torch.arange(rows)
@@ -185,9 +202,8 @@ def measure(
     """
     heard = alpha if told is None else told
     act = Acting(planner, lambda state: torch.full((len(state.step_A),), heard))
-    section = {**PLANNED, "score": {"name": "planner", "temperature": sharp}}
     ids_B = torch.arange(HELDOUT)
-    sampler = bound(sampler_of(section, temperature), act)
+    sampler = bound(sampler_of(planned(planner, temperature=sharp), temperature), act)
     return scores(toy, roll(toy, sampler, ids_B, ids_B, seed=99, step=-1, instance_seed=1), alpha)
 
 
@@ -217,6 +233,20 @@ def exchangeable(alpha: float, seed: int, *, distribution: str = "count", batche
     found, best = measure(toy, planning.planner, alpha, temperature=1.0, sharp=0.1), toy.best(alpha)
     about = {"alpha": alpha, "seed": seed, "distribution": distribution}
     return {**about, **found, "best": best, "share": found["reward"] / best}
+
+
+def regret(seed: int, *, distribution: str = "remasking", alpha: float = 0.3, batches: int = 80) -> dict[str, Any]:
+    """Train where early tokens are often wrong and look so afterwards; compare with the best values, both kinds."""
+    toy, kind = Exchangeable(0.3), dict[str, Any](distribution=distribution)
+    features = ("masked", "time", "left", "candidate")
+    if distribution == "remasking":
+        features, kind["back_bias"] = (*features, "standing", "current"), -4.0
+    spec = PlannerSpec(features=features, network="linear", budget=4, **kind)
+    planning = planning_of(spec, seed, group=16, alpha=(alpha, alpha))
+    train(toy, planning, batches=batches, prompts=16, lr=0.05, temperature=1.0)
+    found = measure(toy, planning.planner, alpha, temperature=1.0, sharp=0.5)
+    best = {"best": toy.best(alpha), "best_with": toy.best(alpha, spec.budget)}
+    return {"seed": seed, "distribution": distribution, "alpha": alpha, **found, **best}
 
 
 def hacking(speed: Any, seed: int, *, batches: int = 80) -> dict[str, Any]:
@@ -282,6 +312,8 @@ def main() -> None:
         for alpha in (0.0, 0.3, 1.0, 3.0):
             note("exchangeable", exchangeable(alpha, seed))
         note("trap", trap(seed))
+        for distribution in ("remasking", "bernoulli"):
+            note("regret", regret(seed, distribution=distribution))
         settings = (0.1, 0.3, 1.0, 3.0, 10.0)
         note("conditioned", trap(seed, told=(0.1, 10.0), batches=150, alphas=settings, sharps=(0.5,)))
         for fallback in ("sampled", "argmax", "none"):

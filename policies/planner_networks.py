@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ class Transformer(nn.Module):
         hidden = self.enter(feature_BLF[..., self.token_F])
         shift = self.condition(self._given(feature_BLF))
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = shift.chunk(6, dim=-1)
-        attended = self._attend(self.norm_1(hidden) * (1 + scale_1) + shift_1)
+        attended = _attend(self, self.norm_1(hidden) * (1 + scale_1) + shift_1)
         hidden = hidden + (1 + gate_1) * attended
         inner = self.norm_2(hidden) * (1 + scale_2) + shift_2
         hidden = hidden + (1 + gate_2) * self.down(gelu(self.up(inner)))
@@ -106,13 +107,53 @@ class Transformer(nn.Module):
             angle_BH = time_B[:, None] * length * torch.exp(-math.log(LONGEST_PERIOD) * place_H)
         return torch.cat([angle_BH.cos(), angle_BH.sin()], dim=1)
 
-    def _attend(self, normed: Tensor) -> Tensor:
-        query, key, value = (
-            matrix(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for matrix in (self.query, self.key, self.value)
-        )
-        found = scaled_dot_product_attention(_rotate(query), _rotate(key), value)
-        return self.join(found.transpose(1, 2).flatten(-2))
+
+class Hidden(nn.Module):
+    """UPO's head: a transformer block on the denoiser's hidden states, an MLP on them and the features (2510.05725).
+
+    What comes behind the named features are the last hidden states of the canvas, of width `hidden`. The published head
+    is a copy of the denoiser's last block, prompt and all; this one is a block of `width`, which any family can have
+    and whose input is no larger than the canvas. The MLP has three hidden layers of `mlp`, as published.
+    """
+
+    def __init__(
+        self, features: Sequence[str], *, hidden: int, width: int, heads: int, mlp: int, counts: int, bias: float
+    ) -> None:
+        super().__init__()
+        self.heads, self.hidden = heads, hidden
+        self.norm_0, self.enter = nn.LayerNorm(hidden), nn.Linear(hidden, width)
+        self.query, self.key, self.value, self.join = (nn.Linear(width, width) for _ in range(4))
+        self.norm_1, self.norm_2, self.norm_3 = (nn.LayerNorm(width) for _ in range(3))
+        self.up, self.down = nn.Linear(width, mlp), nn.Linear(mlp, width)
+        sizes = (width + len(features), mlp, mlp, mlp)
+        layers = [
+            nn.Sequential(nn.Linear(before, after), nn.LayerNorm(after), nn.SiLU())
+            for before, after in pairwise(sizes)
+        ]
+        self.layers = nn.Sequential(*layers)
+        self.output = nn.Linear(mlp, 1)
+        self.count = nn.Linear(mlp, counts) if counts else None
+        nn.init.constant_(self.output.bias, bias)
+
+    def forward(self, feature_BLF: Tensor) -> Logits:
+        """Return the logits."""
+        named, state = feature_BLF[..., : -self.hidden], feature_BLF[..., -self.hidden :]
+        x = self.enter(self.norm_0(state))
+        x = x + _attend(self, self.norm_1(x))
+        x = x + self.down(gelu(self.up(self.norm_2(x))))
+        x = self.layers(torch.cat([self.norm_3(x), named], dim=-1))
+        count_BC = None if self.count is None else self.count(x.mean(dim=1))
+        return Logits(self.output(x).squeeze(-1), count_BC)
+
+
+def _attend(block: Any, normed: Tensor) -> Tensor:
+    """Return the attention of a block with `heads` and the matrices query, key, value and join."""
+    query, key, value = (
+        matrix(normed).unflatten(-1, (block.heads, -1)).transpose(1, 2)
+        for matrix in (block.query, block.key, block.value)
+    )
+    found = scaled_dot_product_attention(_rotate(query), _rotate(key), value)
+    return block.join(found.transpose(1, 2).flatten(-2))
 
 
 def _rotate(x_BHLD: Tensor) -> Tensor:

@@ -150,6 +150,15 @@ class Trajectory:
             rank_NL[place] = past.rank_R[here_R].to(rank_NL.dtype)
         return token_NL, rank_NL
 
+    def taken_at(self, row_N: Tensor, step_N: Tensor) -> Tensor:
+        """Return `taken_NL`, the tokens that step `step_N` of rollout `row_N` took back or replaced."""
+        taken_NL = torch.zeros_like(self.born_BL[row_N], dtype=torch.bool)
+        if self.retracted is not None:
+            past = self.retracted.select(row_N, len(self))
+            here_R = past.died_R == step_N[past.row_R]
+            taken_NL[past.row_R[here_R], past.position_R[here_R]] = True
+        return taken_NL
+
     def exists_before(self, row_N: Tensor, step_N: Tensor) -> Tensor | None:
         """Return `exists_NL`, the positions that the canvas had at a step; None where no length ever changed."""
         if self.length_BS is None or self.appeared_BL is None:
