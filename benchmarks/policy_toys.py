@@ -5,8 +5,6 @@ python benchmarks/policy_toys.py [--seeds 3] [--json FILE]
 `exchangeable`: 8 equal positions, each newly decided one right with probability 1 - c (1 - n/8)^2 when n are decided
 already; the best value is found by dynamic programming. `trap`: 8 text positions in a random forest, certain only once
 their parent stands, and 4 padding positions that always look certain and are right only behind the finished text.
-`regret`: the exchangeable problem, whose denoiser likes a wrong token as little once it stands as before; a policy that
-may take tokens back is measured against the best of all that may not, and of all that may.
 """
 
 from __future__ import annotations
@@ -235,20 +233,6 @@ def exchangeable(alpha: float, seed: int, *, distribution: str = "count", batche
     return {**about, **found, "best": best, "share": found["reward"] / best}
 
 
-def regret(seed: int, *, distribution: str = "remasking", alpha: float = 0.3, batches: int = 80) -> dict[str, Any]:
-    """Train where early tokens are often wrong and look so afterwards; compare with the best values, both kinds."""
-    toy, kind = Exchangeable(0.3), dict[str, Any](distribution=distribution)
-    features = ("masked", "time", "left", "candidate")
-    if distribution == "remasking":
-        features, kind["back_bias"] = (*features, "standing", "current"), -4.0
-    spec = PlannerSpec(features=features, network="linear", budget=4, **kind)
-    planning = planning_of(spec, seed, group=16, alpha=(alpha, alpha))
-    train(toy, planning, batches=batches, prompts=16, lr=0.05, temperature=1.0)
-    found = measure(toy, planning.planner, alpha, temperature=1.0, sharp=0.5)
-    best = {"best": toy.best(alpha), "best_with": toy.best(alpha, spec.budget)}
-    return {"seed": seed, "distribution": distribution, "alpha": alpha, **found, **best}
-
-
 def hacking(speed: Any, seed: int, *, batches: int = 80) -> dict[str, Any]:
     """Train where answers are seldom right: the additive reward decides all at once, the multiplicative does not."""
     toy = Exchangeable(0.9)
@@ -312,8 +296,6 @@ def main() -> None:
         for alpha in (0.0, 0.3, 1.0, 3.0):
             note("exchangeable", exchangeable(alpha, seed))
         note("trap", trap(seed))
-        for distribution in ("remasking", "bernoulli"):
-            note("regret", regret(seed, distribution=distribution))
         settings = (0.1, 0.3, 1.0, 3.0, 10.0)
         note("conditioned", trap(seed, told=(0.1, 10.0), batches=150, alphas=settings, sharps=(0.5,)))
         for fallback in ("sampled", "argmax", "none"):

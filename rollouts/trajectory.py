@@ -87,7 +87,8 @@ class Trajectory:
     `draft_window_BSL` whether the step could have committed it.
 
     Where a planner is trained, `features_BSLF` is what it saw at each step (fp16) and `candidate_BSL` what it could
-    choose from, nothing at a step that was not its own: its update calls no denoiser.
+    choose from, nothing at a step that was not its own: its update calls no denoiser. Candidates that the step saw
+    decided are those that it could take back.
     """
 
     prompt_BQ: Tensor
