@@ -67,17 +67,26 @@ class Exchangeable:
         """Return which rollouts are right."""
         return (trajectory.tokens_BL == RIGHT).all(dim=1)
 
-    def best(self, alpha: float) -> float:
-        """Return the best value, by dynamic programming over (decided, calls)."""
+    def best(self, alpha: float, budget: int = 0) -> float:
+        """Return the best value, by dynamic programming over (right, wrong, calls).
+
+        With a `budget` up to so many wrong tokens are taken back in a step, fewer than are opened.
+        """
 
         @functools.cache
-        def value(done: int, calls: int) -> float:
+        def value(right: int, wrong: int, calls: int) -> float:
+            done, found = right + wrong, 0.0
             if done == self.length:
-                return ((self.length - calls + 1) / self.length) ** alpha
-            right = 1 - self.c * (1 - done / self.length) ** 2
-            return max(right**k * value(done + k, calls + 1) for k in range(1, self.length - done + 1))
+                return ((self.length - calls + 1) / self.length) ** alpha if not wrong else 0.0
+            chance = 1 - self.c * (1 - done / self.length) ** 2
+            for k in range(1, self.length - done + 1):
+                share_K = [math.comb(k, n) * chance**n * (1 - chance) ** (k - n) for n in range(k + 1)]
+                for back in range(min(k - 1, wrong, budget) + 1):
+                    after = (value(right + n, wrong - back + k - n, calls + 1) for n in range(k + 1))
+                    found = max(found, sum(p * v for p, v in zip(share_K, after, strict=True)))
+            return found
 
-        return value(0, 0)
+        return value(0, 0, 0)
 
 
 class Trap:
@@ -151,6 +160,12 @@ def roll(
     return denoise(toy, sampler, prompt_BP, torch.ones_like(prompt_BP) > 0, canvas_BL, ids_B, seed=seed, step=step)
 
 
+def planned(planner: Planner, **score: Any) -> dict[str, Any]:
+    """Return the sampler's section with which a planner acts."""
+    takes = {"remasking": "planned"} if planner.spec.remasks else {}
+    return {**PLANNED, **takes, "score": {"name": "planner", **score}}
+
+
 def sampler_of(section: dict[str, Any], temperature: float) -> Sampler:
     """Return a sampler that fills the whole canvas."""
     return build_sampler({"eos": {"rule": "none"}, **section}, temperature=temperature)
@@ -158,7 +173,7 @@ def sampler_of(section: dict[str, Any], temperature: float) -> Sampler:
 
 def train(toy: Any, planning: Planning, *, batches: int, prompts: int, lr: float, temperature: float) -> None:
     """Train by the recipe's own steps: roll out, credit, advantage, plan, two updates."""
-    sampler = planning.acting(sampler_of(PLANNED, temperature))
+    sampler = planning.acting(sampler_of(planned(planning.planner), temperature))
     optimizer = torch.optim.Adam(planning.learner.parameters(), lr=lr, betas=(0.9, 0.99))
     rows = prompts * planning.group
     ids_B = torch.arange(rows)
@@ -185,9 +200,8 @@ def measure(
     """
     heard = alpha if told is None else told
     act = Acting(planner, lambda state: torch.full((len(state.step_A),), heard))
-    section = {**PLANNED, "score": {"name": "planner", "temperature": sharp}}
     ids_B = torch.arange(HELDOUT)
-    sampler = bound(sampler_of(section, temperature), act)
+    sampler = bound(sampler_of(planned(planner, temperature=sharp), temperature), act)
     return scores(toy, roll(toy, sampler, ids_B, ids_B, seed=99, step=-1, instance_seed=1), alpha)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..recipes.registry import RecipeError, nearest
 from .planner_distributions import FALLBACKS, Bernoulli, Categorical, Count, Distribution, PlackettLuce
-from .planner_networks import Linear, Transformer
+from .planner_networks import Hidden, Linear, Transformer
+from .planner_remasking import MOST, Remasking
 
 logger = logging.getLogger(__name__)
 # In `rollouts.features`, which computes them.
@@ -34,18 +35,25 @@ FEATURES = (
     "left",
     "alpha",
 )
-NETWORKS = ("transformer", "linear")
-DISTRIBUTIONS = ("bernoulli", "plackett_luce", "count", "categorical")
+# Of decided tokens, which a planner that takes some back looks at besides.
+STANDING_FEATURES = ("standing", "current")
+NETWORKS = ("transformer", "linear", "hidden")
+DISTRIBUTIONS = ("bernoulli", "plackett_luce", "count", "categorical", "remasking")
 FILE = "planner.safetensors"
 
 
 @dataclass(frozen=True)
 class PlannerSpec:
-    """What a planner is: its features by name, network, distribution and sizes; RecipeError for impossible ones."""
+    """What a planner is: its features by name, network, distribution and sizes; RecipeError for impossible ones.
+
+    `shortlist` keeps the candidates to so many of the most confident (0: all); `hidden` is the width of the denoiser's
+    hidden states, which network `hidden` reads (0: none). With distribution `remasking`, `budget` is the most tokens
+    that a step takes back, and `back_bias` the logit of taking one back before training, as `bias` is that of opening.
+    """
 
     features: tuple[str, ...] = FEATURES
-    network: Literal["transformer", "linear"] = "transformer"
-    distribution: Literal["bernoulli", "plackett_luce", "count", "categorical"] = "bernoulli"
+    network: Literal["transformer", "linear", "hidden"] = "transformer"
+    distribution: Literal["bernoulli", "plackett_luce", "count", "categorical", "remasking"] = "bernoulli"
     fallback: Literal["sampled", "argmax", "none"] = "sampled"
     counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     width: int = 128
@@ -53,10 +61,14 @@ class PlannerSpec:
     mlp: int = 512
     time: Literal["true", "published"] = "true"
     bias: float = -2.0
+    budget: int = 4
+    back_bias: float = -6.0
+    shortlist: int = 0
+    hidden: int = 0
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
-            *(("features", feature, FEATURES) for feature in self.features),
+            *(("features", feature, (*FEATURES, *STANDING_FEATURES)) for feature in self.features),
             ("network", self.network, NETWORKS),
             ("distribution", self.distribution, DISTRIBUTIONS),
             ("fallback", self.fallback, FALLBACKS),
@@ -64,17 +76,37 @@ class PlannerSpec:
         ):
             if value not in allowed:
                 raise RecipeError(f"planner.{name}: unknown '{value}'.{nearest(value, list(allowed))}")
-        if not set(self.features) - {"masked", "time", "left", "alpha"}:
+        if (self.network == "hidden") != (self.hidden > 0):
+            raise RecipeError("planner.hidden: network 'hidden' reads as many numbers a position; others read none.")
+        if self.shortlist < 0 or (self.shortlist and self.distribution != "categorical"):
+            raise RecipeError(f"planner.shortlist: {self.shortlist} must be 0, or above it with categorical choices.")
+        if not self.hidden and not set(self.features) - {"masked", "time", "left", "alpha"}:
             raise RecipeError("planner.features: none of them tells positions apart; add odds, for one.")
         if not self.counts or self.counts[0] != 1 or list(self.counts) != sorted(set(self.counts)):
             raise RecipeError(f"planner.counts: {list(self.counts)} must begin with 1 and rise.")
+        if not self.remasks and set(self.features) & set(STANDING_FEATURES):
+            raise RecipeError(
+                f"planner.features: {', '.join(STANDING_FEATURES)} tell of decided tokens; use distribution remasking."
+            )
+        if not 1 <= self.budget <= MOST:
+            raise RecipeError(f"planner.budget: {self.budget} must lie between 1 and {MOST} tokens a step.")
         if self.heads < 1 or self.width % (2 * self.heads):
             raise RecipeError(f"planner.heads: {self.heads} heads do not divide width {self.width} into even widths.")
 
+    @property
+    def remasks(self) -> bool:
+        """Whether the planner takes tokens back."""
+        return self.distribution == "remasking"
+
     @staticmethod
     def of(values: Mapping[str, Any]) -> PlannerSpec:
-        """Return the spec of a recipe's `planner` section or of a file; other keys are not read."""
+        """Return the spec of a recipe's `planner` section or of a file; other keys are not read.
+
+        Features that are None are all that the distribution has a use for.
+        """
         known = {field.name: values[field.name] for field in fields(PlannerSpec) if field.name in values}
+        if known.get("features", ()) is None:
+            known["features"] = FEATURES + (STANDING_FEATURES if known.get("distribution") == "remasking" else ())
         lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
         return PlannerSpec(**(known | lists))
 
@@ -88,19 +120,30 @@ class Planner:
     fingerprint: str = ""
 
     def distribution(
-        self, feature_BLF: Tensor, candidate_BL: Tensor, *, temperature: float | Tensor = 1.0
+        self,
+        feature_BLF: Tensor,
+        candidate_BL: Tensor,
+        standing_BL: Tensor | None = None,
+        *,
+        temperature: float | Tensor = 1.0,
     ) -> Distribution:
         """Return the distribution over `candidate_BL`; `temperature` (a number, or one a row `[B, 1]`) divides logits.
 
-        Rollout, loss and evaluation all use this one: what is trained is what was sampled.
+        `standing_BL` are the tokens that a planner with distribution `remasking` may take back. Rollout, loss and
+        evaluation all use this one: what is trained is what was sampled.
         """
+        spec = self.spec
         logit_BL, count_BC = self.network(feature_BLF)
+        if spec.remasks:
+            assert standing_BL is not None, "a planner that takes tokens back is told which"
+            logit_BL = logit_BL + (spec.back_bias - spec.bias) * standing_BL
+            return Remasking(logit_BL / temperature, candidate_BL, standing_BL, spec.budget)
         return self.of_logits(
             logit_BL / temperature, candidate_BL, None if count_BC is None else count_BC / temperature
         )
 
     def of_logits(self, logit_BL: Tensor, candidate_BL: Tensor, count_BC: Tensor | None = None) -> Distribution:
-        """Return the spec's distribution of given logits."""
+        """Return the spec's distribution of given logits, for planners that open positions alone."""
         spec = self.spec
         if spec.distribution == "bernoulli":
             return Bernoulli(logit_BL, candidate_BL, spec.fallback)
@@ -122,12 +165,22 @@ class Planner:
 
 
 def new_planner(spec: PlannerSpec, *, seed: int = 0, fingerprint: str = "") -> Planner:
-    """Return an untrained planner."""
+    """Return an untrained planner; one that counts begins slowly."""
     counts = len(spec.counts) if spec.distribution == "count" else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if spec.network == "linear":
             network: torch.nn.Module = Linear(spec.features, counts=counts, bias=spec.bias)
+        elif spec.network == "hidden":
+            network = Hidden(
+                spec.features,
+                hidden=spec.hidden,
+                width=spec.width,
+                heads=spec.heads,
+                mlp=spec.mlp,
+                counts=counts,
+                bias=spec.bias,
+            )
         else:
             network = Transformer(
                 spec.features,
@@ -137,7 +190,12 @@ def new_planner(spec: PlannerSpec, *, seed: int = 0, fingerprint: str = "") -> P
                 time=spec.time,
                 counts=counts,
                 bias=spec.bias,
+                everywhere=spec.distribution == "remasking",
             )
+        if counts:
+            # Slow at first, as a negative bias makes independent positions: each doubling is e times less likely.
+            # From equal chances the toys end in the best pair, however small its gain over the best single step.
+            network.count.bias.data.copy_(-torch.tensor(spec.counts).log2())  # type: ignore[union-attr]
     return Planner(spec, network, fingerprint)
 
 

@@ -45,6 +45,9 @@ class Distribution(Protocol):
     """What every distribution offers; see the module."""
 
     @property
+    def logit_BL(self) -> Tensor: ...
+
+    @property
     def chance_BL(self) -> Tensor: ...
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,6 @@ class Linear(nn.Module):
         nn.init.constant_(self.output.bias, bias)
         if self.count is not None:
             nn.init.zeros_(self.count.weight)
-            nn.init.zeros_(self.count.bias)
 
     def forward(self, feature_BLF: Tensor) -> Logits:
         """Return the logits."""
@@ -52,10 +52,21 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, features: Sequence[str], *, width: int, heads: int, mlp: int, time: str, counts: int, bias: float
+        self,
+        features: Sequence[str],
+        *,
+        width: int,
+        heads: int,
+        mlp: int,
+        time: str,
+        counts: int,
+        bias: float,
+        everywhere: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.time = heads, time
+        # Whether logits of decided positions are read, or enter the mean that counts are told from.
+        self.everywhere = everywhere or counts > 0
         self.token_F = [i for i, name in enumerate(features) if name not in CONDITIONS]
         self.row_F = [i for i, name in enumerate(features) if name in ("left", "alpha")]
         self.mask_at = features.index("masked") if "masked" in features else None
@@ -75,16 +86,16 @@ class Transformer(nn.Module):
         nn.init.constant_(self.output.bias, bias)
 
     def forward(self, feature_BLF: Tensor) -> Logits:
-        """Return the logits, on a CPU 0 at decided positions unless the planner counts: nobody reads those."""
+        """Return the logits, on a CPU 0 at decided positions where nobody reads those."""
         hidden = self.enter(feature_BLF[..., self.token_F])
         mask_BL = torch.ones_like(hidden[..., 0]) if self.mask_at is None else feature_BLF[..., self.mask_at]
         # Of all conditions only the mask bit tells the positions of a row apart: two are computed, and each position
         # takes its own by a product, which is exact and whose gradient is a sum in a fixed order.
         bits_BL2 = torch.stack([1 - mask_BL, mask_BL], dim=-1)
         scale_1, shift_1, *others = self.condition(self._given(feature_BLF)).chunk(6, dim=-1)
-        attended = self._attend(self.norm_1(hidden) * (1 + bits_BL2 @ scale_1) + bits_BL2 @ shift_1)
+        attended = _attend(self, self.norm_1(hidden) * (1 + bits_BL2 @ scale_1) + bits_BL2 @ shift_1)
         # From here on positions are by themselves. To ask how many are open waits for other devices, but not for a CPU.
-        open_K = mask_BL.flatten().nonzero().squeeze(1) if self.count is None and hidden.is_cpu else None
+        open_K = mask_BL.flatten().nonzero().squeeze(1) if not self.everywhere and hidden.is_cpu else None
         if open_K is None:
             gate_1, scale_2, shift_2, gate_2 = (bits_BL2 @ value_B2W for value_B2W in others)
         else:
@@ -114,13 +125,52 @@ class Transformer(nn.Module):
             angle_BH = time_B[:, None] * length * torch.exp(-math.log(LONGEST_PERIOD) * place_H)
         return torch.cat([angle_BH.cos(), angle_BH.sin()], dim=1)
 
-    def _attend(self, normed: Tensor) -> Tensor:
-        query, key, value = (
-            matrix(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for matrix in (self.query, self.key, self.value)
-        )
-        found = scaled_dot_product_attention(_rotate(query), _rotate(key), value)
-        return found.transpose(1, 2).flatten(-2)
+
+class Hidden(nn.Module):
+    """UPO's head: a transformer block on the denoiser's hidden states, an MLP on them and the features (2510.05725).
+
+    What comes behind the named features are the last hidden states of the canvas, of width `hidden`. The published head
+    is a copy of the denoiser's last block, prompt and all; this one is a block of `width`, which any family can have
+    and whose input is no larger than the canvas. The MLP has three hidden layers of `mlp`, as published.
+    """
+
+    def __init__(
+        self, features: Sequence[str], *, hidden: int, width: int, heads: int, mlp: int, counts: int, bias: float
+    ) -> None:
+        super().__init__()
+        self.heads, self.hidden = heads, hidden
+        self.norm_0, self.enter = nn.LayerNorm(hidden), nn.Linear(hidden, width)
+        self.query, self.key, self.value, self.join = (nn.Linear(width, width) for _ in range(4))
+        self.norm_1, self.norm_2, self.norm_3 = (nn.LayerNorm(width) for _ in range(3))
+        self.up, self.down = nn.Linear(width, mlp), nn.Linear(mlp, width)
+        sizes = (width + len(features), mlp, mlp, mlp)
+        layers = [
+            nn.Sequential(nn.Linear(before, after), nn.LayerNorm(after), nn.SiLU()) for before, after in pairwise(sizes)
+        ]
+        self.layers = nn.Sequential(*layers)
+        self.output = nn.Linear(mlp, 1)
+        self.count = nn.Linear(mlp, counts) if counts else None
+        nn.init.constant_(self.output.bias, bias)
+
+    def forward(self, feature_BLF: Tensor) -> Logits:
+        """Return the logits."""
+        named, state = feature_BLF[..., : -self.hidden], feature_BLF[..., -self.hidden :]
+        x = self.enter(self.norm_0(state))
+        x = x + self.join(_attend(self, self.norm_1(x)))
+        x = x + self.down(gelu(self.up(self.norm_2(x))))
+        x = self.layers(torch.cat([self.norm_3(x), named], dim=-1))
+        count_BC = None if self.count is None else self.count(x.mean(dim=1))
+        return Logits(self.output(x).squeeze(-1), count_BC)
+
+
+def _attend(block: Any, normed: Tensor) -> Tensor:
+    """Return what the heads of a block attend to, before its matrix `join`."""
+    query, key, value = (
+        matrix(normed).unflatten(-1, (block.heads, -1)).transpose(1, 2)
+        for matrix in (block.query, block.key, block.value)
+    )
+    found = scaled_dot_product_attention(_rotate(query), _rotate(key), value)
+    return found.transpose(1, 2).flatten(-2)
 
 
 def _rotate(x_BHLD: Tensor) -> Tensor:

@@ -15,6 +15,10 @@ class ExpertSection(Section):
     levels: list[float] = Field(min_length=1, description="thresholds in (0, 1], an expert rollout a group for each")
     block: Count | None = Field(None, description="the expert decodes in blocks of this size; null: the canvas")
     warmup: Int = Field(0, ge=0, description="batches that the expert drives alone and the planner imitates")
+    labels: Literal["choices", "final"] = Field(
+        "choices",
+        description="imitated are the expert's choices; final: which likeliest tokens are those of the end (Learn2PD)",
+    )
     steering: Literal["none", "cloning", "mixture"] = Field(
         "none", description="after them: cloning of its better rollouts; mixture: as published"
     )
@@ -26,9 +30,12 @@ class PlannerSection(Section):
     """The unmasking policy that a run trains (objective.actions: [positions]; with tokens beside: the denoiser too)."""
 
     path: str | None = Field(None, min_length=1, description="a trained planner to go on from; null: a new one")
-    network: Literal["transformer", "linear"] = Field("transformer", description="one adaLN block; linear: a baseline")
-    distribution: Literal["bernoulli", "plackett_luce", "count", "categorical"] = Field(
-        "bernoulli", description="each position by itself; in order with a stop; a number first; one position a step"
+    network: Literal["transformer", "linear", "hidden"] = Field(
+        "transformer", description="one adaLN block; linear: a baseline; hidden: UPO's head on hidden states"
+    )
+    distribution: Literal["bernoulli", "plackett_luce", "count", "categorical", "remasking"] = Field(
+        "bernoulli",
+        description="each position by itself; in order with a stop; a number first; one a step; with remasking",
     )
     fallback: Literal["sampled", "argmax", "none"] = Field(
         "sampled", description="bernoulli: what an empty draw opens; none: nothing, which costs a call"
@@ -40,6 +47,8 @@ class PlannerSection(Section):
     mlp: Int = Field(512, ge=1, description="inner width of its MLP")
     time: Literal["true", "published"] = Field("true", description="encoding of the step; published: of period 1")
     bias: float = Field(-2.0, description="logit of every position before training")
+    budget: Int = Field(4, ge=1, description="remasking: most tokens taken back a step, always fewer than it opens")
+    back_bias: float = Field(-6.0, description="remasking: logit of taking a token back before training")
     speed: Annotated[Part, InSlot("speed")] = Field(
         {"name": "multiplicative"}, description="reward of a correct answer by its calls"
     )
@@ -52,6 +61,7 @@ class PlannerSection(Section):
     order: Annotated[Part, InSlot("order")] | None = Field(
         None, description="categorical: the order that the planner is held to; null: none"
     )
+    shortlist: Int = Field(0, ge=0, description="categorical: only so many most confident positions compete; 0: all")
     pull: float = Field(1e-4, ge=0, description="weight of its divergence from that order")
     lr: float | None = Field(
         None, gt=0, description="its learning rate where the denoiser is trained too, at optim.lr; null: the same"

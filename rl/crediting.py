@@ -23,8 +23,9 @@ def by_step(advantage: Callable[..., Tensor]) -> bool:
 
 
 def asks_for_drafts(objective: Any, advantage: Callable[..., Tensor]) -> bool:
-    """Return whether rollouts must record what each step drew: for the advantage, or for what is scored."""
-    return by_step(advantage) or bool(mark_of(getattr(objective, "estimator", None), "needs_drafts"))
+    """Return whether rollouts must record what each step drew: for the advantage, for what is scored or labelled."""
+    asked = getattr(objective, "needs_drafts", False) or mark_of(getattr(objective, "estimator", None), "needs_drafts")
+    return by_step(advantage) or bool(asked)
 
 
 def credited(

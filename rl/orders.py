@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..policies.planner_distributions import FAR, Distribution
 from ..recipes.registry import SLOTS, RecipeError
+from ..rollouts.ranking import rank
 from ..rollouts.traits import bare
 
 order = SLOTS["order"]
@@ -32,6 +33,15 @@ def softmax(odds_NL: Tensor, candidate_NL: Tensor, *, temperature: float = 0.05)
         raise RecipeError(f"planner.order.temperature: {temperature} must be above 0.")
     weight_NL = torch.sigmoid(odds_NL) / temperature
     return torch.softmax(weight_NL.masked_fill(~candidate_NL, FAR), dim=1) * candidate_NL
+
+
+@order.register
+def top_k(odds_NL: Tensor, candidate_NL: Tensor, *, k: int = 5) -> Tensor:
+    """The k most confident positions alike: the pull is a KL, log k - H(g) for a policy kept to them by `shortlist`."""
+    if k < 1:
+        raise RecipeError(f"planner.order.k: {k} must be at least 1.")
+    among_NL = (rank(odds_NL.masked_fill(~candidate_NL, -torch.inf)) < k) & candidate_NL
+    return among_NL / among_NL.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def pull(part: Callable[..., Tensor], distribution: Distribution, odds_NL: Tensor, candidate_NL: Tensor) -> Tensor:

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from ..policies.planner import Planner, fingerprint_of
 from ..recipes.registry import RecipeError
 from ..rollouts.noise import uniform
-from ..rollouts.planned import Acting, Expert
+from ..rollouts.planned import Acting, Expert, check_remasking
 from ..rollouts.planned import planner as planner_score
 from ..rollouts.sampler import Sampler
 from ..rollouts.state import State
 from ..rollouts.traits import bare, knobs_of
 from ..rollouts.trajectory import GIVEN, Trajectory
 from ..rollouts.worker import RolloutBatch
-from . import orders
 from .credit import Credit
 from .distributed import gather_objects, total
 from .losses import NonFiniteError, require_bounded
+from .planscores import LABELLED, final_labels, step_scores
 
-STEP_FIELDS = ("row_N", "step_N", "advantage_N", "expert_N", "old_N")
+STEP_FIELDS = ("row_N", "step_N", "advantage_N", "expert_N", "old_N", "label_NL")
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class StepPlan:
     """N steps of a planner's rollouts, fixed for the inner steps on a batch; everything else is in the trajectory.
 
     `advantage_N` is the rollout's, `expert_N` marks steps that an expert chose, `old_N` the log-probability that ratios
-    divide by. `mass` is the number of the planner's own steps and `cloned` that of the expert's, over all ranks;
-    `cloning` is the weight of the latter, `imitates` whether they are all there is.
+    divide by, `label_NL` the labels of a warm start (no columns: none). `mass` is the number of the planner's own steps
+    and `cloned` that of the expert's, over all ranks; `cloning` is the weight of the latter, `imitates` says that they
+    are all there is.
     """
 
     trajectory: Trajectory
@@ -45,6 +46,7 @@ class StepPlan:
     advantage_N: Tensor
     expert_N: Tensor
     old_N: Tensor
+    label_NL: Tensor
     mass: float
     cloned: float
     cloning: float
@@ -84,8 +86,9 @@ class Planning:
 
     where e are the steps of expert rollouts (`cloning`; with `mixture` they join the first sum, both probabilities
     mixed with a point mass: arXiv 2512.09106, appendix, G of G + E). An `order` adds `pull`/N sum_n of the divergence
-    from it (UPO). In the first `warmup` batches the expert drives all and the loss is -1/E sum_e log p(u_e). `alpha`
-    [low, high] is drawn log-uniformly a group and told to the policy, one number for all where both are equal; with
+    from it (UPO). In the first `warmup` batches the expert drives all and the loss is -1/E sum_e log p(u_e);
+    with `labels` final, of labels that say which drafts are what the rollout ends with (Learn2PD). `alpha` [low, high]
+    is drawn log-uniformly a group and told to the policy, one number for all where both are equal; with
     `target_nfe` it follows from the rollouts by dual ascent.
     """
 
@@ -100,6 +103,7 @@ class Planning:
     levels: tuple[float, ...] = ()
     block: int | None = None
     warmup: int = 0
+    labels: str = "choices"
     steering: str = "none"
     weight: float = 1.0
     anneal: int = 0
@@ -127,6 +131,10 @@ class Planning:
             raise RecipeError(f"planner.expert.levels: {self.experts} of {self.group} rollouts leave the planner none.")
         if self.levels and self.planner.spec.distribution == "count":
             raise RecipeError("planner.expert: a threshold opens numbers that `count` may not have; use bernoulli.")
+        if self.planner.spec.shortlist and self.block is not None:
+            raise RecipeError("planner.shortlist: may hold no position of the expert's block; drop expert.block.")
+        if self.labels == "final" and self.planner.spec.distribution not in LABELLED:
+            raise RecipeError(f"planner.expert.labels: final teaches each position alone; use {', '.join(LABELLED)}.")
         if self.target_nfe is not None and low != high:
             raise RecipeError("planner.target_nfe: alpha follows from it; give alpha one number to begin with.")
         if self.order is not None and (
@@ -143,6 +151,11 @@ class Planning:
         """Expert rollouts in each group, after the warm-up."""
         return len(self.levels) if self.steering != "none" else 0
 
+    @property
+    def needs_drafts(self) -> bool:
+        """Whether rollouts must record what each step drew, for the labels of the warm start."""
+        return self.warmup > 0 and self.labels == "final"
+
     def acting(self, sampler: Sampler) -> Sampler:
         """Return a training sampler: the planner in its score, told each group's trade-off; what it saw is recorded."""
         single = self.planner.spec.distribution == "categorical"
@@ -153,6 +166,7 @@ class Planning:
             raise RecipeError(
                 "rollout.sampler.selection: a planner learns from what it draws; use planned, decide: sample."
             )
+        check_remasking(sampler, self.planner.spec)
         act = Acting(self.planner, lambda state: self.alphas(state.rollout_id_A, state.step), expert)
         return replace(bound(sampler, act), keeps_features=True)
 
@@ -213,14 +227,17 @@ class Planning:
         kept_N = (own_N & (advantage_B[row_N] != 0)) | (expert_N & (imitates | (advantage_B[row_N] > 0)))
         if self.entropy or self.order is not None:
             kept_N |= own_N
+        row_N, step_N, labelled = row_N[kept_N], step_N[kept_N], imitates and self.labels == "final"
+        label_NL = final_labels(trajectory, row_N, step_N) if labelled else row_N.new_zeros(len(row_N), 0)
         faded = max(0.0, 1 - (self.batch - self.warmup) / self.anneal) if self.anneal else 1.0
         return StepPlan(
-            trajectory,
-            row_N=row_N[kept_N],
-            step_N=step_N[kept_N],
-            advantage_N=advantage_B[row_N][kept_N],
+            trajectory.without_drafts(),
+            row_N=row_N,
+            step_N=step_N,
+            advantage_N=advantage_B[row_N],
             expert_N=expert_N[kept_N],
             old_N=old_N[kept_N],
+            label_NL=label_NL,
             mass=total(float(own_N.sum())),
             cloned=total(float(expert_N.sum())),
             cloning=1.0 if imitates else self.weight * faded if self.steering == "cloning" else 0.0,
@@ -236,7 +253,7 @@ class Planning:
         sums = dict.fromkeys(("loss", "entropy", "ratio_max", "logprob"), 0.0)
         for start in range(0, len(plan.row_N), self.chunk):
             part = slice(start, start + self.chunk)
-            logprob_N, entropy_N, pull_N = _scores(self, plan, part)
+            logprob_N, entropy_N, pull_N = step_scores(self, plan, part)
             loss, log_ratio_N = self._loss(plan, part, logprob_N, self.pull * pull_N - self.entropy * entropy_N)
             if not bool(loss.isfinite()):
                 rollout = int(plan.trajectory.rollout_id_B[plan.row_N[part][0]])
@@ -287,22 +304,6 @@ class Planning:
         """Write the planner with its trade-off, and the fingerprint of the `denoiser` it belongs to by now."""
         planner = self.planner if denoiser is None else replace(self.planner, fingerprint=fingerprint_of(denoiser))
         return planner.save(directory, alpha=list(self.alpha), price=float(self.learner.price), **notes)
-
-
-def _scores(planning: Planning, plan: StepPlan, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probability, entropy and divergence from the order of some of the recorded choices."""
-    trajectory, row_N, step_N = plan.trajectory, plan.row_N[part], plan.step_N[part]
-    assert trajectory.features_BSLF is not None and trajectory.candidate_BSL is not None
-    token_NL, rank_NL = trajectory.drawn_at(row_N, step_N)
-    chosen_NL = token_NL != trajectory.mask_token_id
-    feature_NLF = trajectory.features_BSLF[row_N, step_N].float()
-    candidate_NL = trajectory.candidate_BSL[row_N, step_N]
-    distribution = planning.planner.distribution(feature_NLF, candidate_NL, temperature=planning.temperature)
-    logprob_N, entropy_N = (measure(chosen_NL, rank_NL) for measure in (distribution.log_prob, distribution.entropy))
-    if planning.order is None:
-        return logprob_N, entropy_N, torch.zeros_like(logprob_N)
-    odds_NL = 4 * feature_NLF[..., planning.planner.spec.features.index("odds")]  # as `observe` divides them
-    return logprob_N, entropy_N, orders.pull(planning.order, distribution, odds_NL, candidate_NL)
 
 
 def _level(planning: Planning, state: State) -> Tensor:

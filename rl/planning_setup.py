@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..policies.planner import FEATURES, FILE, Planner, PlannerSpec, fingerprint_of, load_planner, new_planner
+from ..policies.planner import FILE, Planner, PlannerSpec, fingerprint_of, load_planner, new_planner
 from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import Recipe
+from ..rollouts.planned import WITH, WITHOUT
 from . import orders, speed  # noqa: F401 (importing registers the parts)
 from .crediting import by_step
 from .joint import Joint
@@ -23,7 +24,8 @@ def build_planning(recipe: Recipe, denoiser: Any) -> Planning | None:
         return None
     fingerprint, seed = fingerprint_of(denoiser), recipe.run.seed
     if section.path is None:
-        values = section.model_dump() | {"features": section.features or list(FEATURES)}
+        hidden = denoiser.base.config.hidden_size if section.network == "hidden" else 0
+        values = section.model_dump() | {"hidden": hidden}
         planner = new_planner(PlannerSpec.of(values), seed=seed, fingerprint=fingerprint)
     else:
         read = load_planner(section.path, fingerprint=fingerprint)
@@ -35,7 +37,7 @@ def build_planning(recipe: Recipe, denoiser: Any) -> Planning | None:
         if expert is None
         else {
             "levels": tuple(expert.levels),
-            **{name: getattr(expert, name) for name in ("block", "warmup", "steering", "weight", "anneal")},
+            **{name: getattr(expert, name) for name in ("block", "warmup", "labels", "steering", "weight", "anneal")},
         }
     )
     return Planning(
@@ -94,8 +96,11 @@ def check_planning(recipe: Recipe) -> None:
     if sampler.selection.get("decide", "sample") != "sample":
         raise RecipeError("rollout.sampler.selection: a planner learns from what it draws; set decide to sample.")
     # A planner and a group that cannot be are refused before weights are read.
-    values = section.model_dump() | {"features": section.features or list(FEATURES)}
+    values = section.model_dump() | {"hidden": int(section.network == "hidden")}
     fake = new_planner(PlannerSpec.of(json.loads(json.dumps(values))))
+    taking = sampler.remasking is not None and sampler.remasking["name"] == "planned"
+    if section.path is None and fake.spec.remasks != taking:
+        raise RecipeError(f"rollout.sampler.remasking: {WITHOUT if fake.spec.remasks else WITH}")
     expert = section.expert
     Planning(
         fake,
@@ -106,6 +111,8 @@ def check_planning(recipe: Recipe) -> None:
         target_nfe=section.target_nfe,
         order=None if section.order is None else SLOTS["order"].build(section.order),
         levels=() if expert is None else tuple(expert.levels),
+        block=None if expert is None else expert.block,
+        labels="choices" if expert is None else expert.labels,
         steering="none" if expert is None else expert.steering,
     )
 

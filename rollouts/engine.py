@@ -241,7 +241,9 @@ class _Run:
         most = length if self.drafts else most_asked(sampler, self.forward.calls, length)
         flat_K = positions_of(asked_AL, most if self.static else None)
         safe_K = flat_K.clamp(max=rows_A * length - 1)
-        rows = sampler.transformed(self.forward(state, self.alive_A, asked_AL, safe_K), state, safe_K)
+        called = self.forward(state, self.alive_A, asked_AL, safe_K)
+        state.hidden = None if called.hidden_KD is None else (called.hidden_KD, flat_K)
+        rows = sampler.transformed(called, state, safe_K)
         uniform_K = state.uniform("draw").view(-1)[safe_K]
         request = sampler.request(self.banned, state.eos_token_ids)
         current_K = state.canvas_AL.view(-1)[safe_K] if "current" in request.needs else None

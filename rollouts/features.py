@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..recipes.registry import RecipeError
 from .state import State
 
 CLIP = 12.0  # nats; beyond it a token is as good as certain
@@ -16,14 +17,18 @@ SEEN, STAYED = (
 NEEDS = ("second", "entropy")
 
 
-def observe(state: State, names: tuple[str, ...], alpha_A: Tensor) -> Tensor:
+def observe(
+    state: State, names: tuple[str, ...], alpha_A: Tensor, standing_AL: Tensor | None = None, *, hidden: int = 0
+) -> Tensor:
     """Return `feature_ALF` in fp16, 0 at decided positions but for what says so of them; keeps persistence in memory.
 
     fp16 because that is how a trajectory stores them: what is trained on is what was acted on. `odds` log p/(1-p) of
     the likeliest token, clipped and by 4; `margin` p1 - p2; `entropy` H/(1 + H); `eos` whether the likeliest token
     ends the text; `persistence` k/(1 + k) after k steps in which it stayed; `frontier` log(1 + distance to the first
     open position)/4; `candidate` whether the step may choose it; `masked`; `time` step/L; `left` open share of the
-    canvas; `alpha` log of the trade-off.
+    canvas; `alpha` log of the trade-off. Of the tokens `standing_AL`, which the step may take back: `standing` says
+    that they are such, `current` is the log-odds of the token itself, clipped and by 4. Behind the features come the
+    `hidden` numbers of the denoiser's last state at every position that was measured, 0 elsewhere.
     """
     statistics, masked_AL = state.statistics, state.masked_AL
     assert statistics is not None and statistics.second is not None and statistics.entropy is not None
@@ -52,7 +57,27 @@ def observe(state: State, names: tuple[str, ...], alpha_A: Tensor) -> Tensor:
     found = {name: torch.where(masked_AL, value, 0.0) for name, value in open_only.items()}
     found |= {name: value[:, None].expand_as(masked_AL) for name, value in of_row.items()}
     found["masked"] = masked_AL
-    return torch.stack([found[name].half() for name in names], dim=2)
+    if standing_AL is not None:
+        assert statistics.current is not None
+        log_odds_AL = statistics.current - torch.log(-torch.expm1(statistics.current))
+        found["current"] = torch.where(standing_AL, log_odds_AL.clamp(-CLIP, CLIP) / 4, 0.0)
+        found["standing"] = standing_AL
+    feature_ALF = torch.stack([found[name].half() for name in names], dim=2)
+    return torch.cat([feature_ALF, _states(state, hidden)], dim=2) if hidden else feature_ALF
+
+
+def _states(state: State, width: int) -> Tensor:
+    """Return `hidden_ALD` in fp16; RecipeError where the denoiser has no states of that width."""
+    if state.hidden is None:
+        raise RecipeError("planner.network: 'hidden' reads hidden states, and this denoiser gives logits alone.")
+    hidden_KD, flat_K = state.hidden
+    if hidden_KD.shape[1] != width:
+        raise RecipeError(f"planner: reads hidden states of width {width}, this denoiser's have {hidden_KD.shape[1]}.")
+    rows, columns = state.canvas_AL.shape
+    limit = torch.finfo(torch.float16).max
+    table = torch.zeros(rows * columns + 1, width, dtype=torch.float16, device=hidden_KD.device)
+    # One entry more takes the padding of static shapes.
+    return table.index_copy(0, flat_K, hidden_KD.float().clamp(-limit, limit).half())[:-1].view(rows, columns, width)
 
 
 def _stayed(state: State) -> Tensor:

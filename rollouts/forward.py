@@ -29,10 +29,14 @@ class LogitSource(Protocol):
 
 
 class Rows(NamedTuple):
-    """Logits of K asked positions, a chunk at a time: `logits(start, stop)` gives fp32 `[stop - start, V]`."""
+    """Logits of K asked positions, a chunk at a time: `logits(start, stop)` gives fp32 `[stop - start, V]`.
+
+    `hidden_KD` are the states that they are computed from, where the denoiser has any to show.
+    """
 
     logits: Callable[[int, int], Tensor]
     vocabulary: int
+    hidden_KD: Tensor | None = None
 
 
 def window_logits(
@@ -130,7 +134,7 @@ class Forward:
             # What either call forbids has no difference: what the prompt's call says of it stands.
             return torch.where((without == -torch.inf) | (held == -torch.inf), held, without.lerp(held, scale))
 
-        return Rows(guided, rows.vocabulary)
+        return Rows(guided, rows.vocabulary, rows.hidden_KD)
 
     def select(self, kept_A: Tensor) -> None:
         """Keep what is known of the live rows `kept_A` alone."""
@@ -139,7 +143,8 @@ class Forward:
 
     def _headed(self, features_KD: Tensor) -> Rows:
         denoiser: Any = self.denoiser
-        return Rows(lambda start, stop: denoiser.head(features_KD[start:stop]), denoiser.family.vocab_size)
+        size = denoiser.family.vocab_size
+        return Rows(lambda start, stop: denoiser.head(features_KD[start:stop]), size, features_KD)
 
     def _rows(
         self,

@@ -11,15 +11,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..policies.planner import Planner, fingerprint_of, load_planner
+from ..policies.planner import Planner, PlannerSpec, fingerprint_of, load_planner
 from ..policies.planner_distributions import Distribution, Draw, Noise
 from ..recipes.registry import SLOTS, RecipeError
 from .features import NEEDS, observe
 from .measures import Statistics
-from .ranking import best
+from .ranking import best, rank
 from .schedules import Quota, first_block
 from .state import Record, State
 from .traits import bare, knobs_of, traits
+
+WITHOUT = "a planner with distribution remasking takes tokens back; set sampler.remasking to planned."
+WITH = "this planner takes no tokens back; drop sampler.remasking, or train one with distribution remasking."
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,9 @@ class Expert:
 
     def takes_over(self, state: State, draw: Draw) -> Draw:
         """Return the draw with the expert's choice in its rows: what reaches the level, at least the best."""
-        assert state.statistics is not None and state.window_AL is not None
+        assert state.statistics is not None and state.planned is not None
         level_A1 = self.level(state)[:, None]
-        confidence_AL, window_AL = state.statistics.confidence, state.window_AL
+        confidence_AL, window_AL = state.statistics.confidence, state.planned.candidate_AL
         if self.block is not None:
             window_AL = window_AL & first_block(window_AL, self.block, state)
         # In rows of the planner the level is NaN, which nothing reaches.
@@ -60,11 +63,17 @@ class Acting:
 
 @dataclass
 class Planned:
-    """A step of a planner: what it saw, its distribution, and the draw once there is one."""
+    """A step of a planner: what it saw and could open, its distribution, and the draw once there is one.
+
+    `standing_AL` are the tokens that a planner that takes some back may take; what it draws of them is no part of the
+    selection but of remasking `planned`.
+    """
 
     feature_ALF: Tensor
+    candidate_AL: Tensor
     distribution: Distribution
     acting: Acting
+    standing_AL: Tensor | None = None
     draw: Draw | None = None
 
 
@@ -94,11 +103,24 @@ def planner(
     if acting is None:
         acting = Acting(_opened(path, state.canvas_AL.device), lambda s: torch.full_like(s.committed_AL[:, 0], alpha))
     assert state.window_AL is not None
-    network = acting.planner
-    feature_ALF = observe(state, network.spec.features, acting.alpha(state))
-    distribution = network.distribution(feature_ALF.float(), state.window_AL, temperature=temperature)
-    state.planned = Planned(feature_ALF, distribution, acting)
+    network, spec = acting.planner, acting.planner.spec
+    standing_AL = _standing(state) if spec.remasks else None
+    feature_ALF = observe(state, spec.features, acting.alpha(state), standing_AL, hidden=spec.hidden)
+    candidate_AL = state.window_AL
+    if spec.shortlist:
+        candidate_AL = candidate_AL & (rank(statistics.odds.masked_fill(~candidate_AL, -torch.inf)) < spec.shortlist)
+    distribution = network.distribution(feature_ALF.float(), candidate_AL, standing_AL, temperature=temperature)
+    state.planned = Planned(feature_ALF, candidate_AL, distribution, acting, standing_AL)
     return distribution.chance_BL
+
+
+def _standing(state: State) -> Tensor:
+    """Return the tokens of the schedule's region that may be taken back, all of them measured."""
+    assert state.statistics is not None and state.quota is not None
+    if state.statistics.current is None:
+        raise RecipeError(f"sampler.remasking: {WITHOUT}")
+    region_AL = state.quota.region_BL
+    return state.stood_AL if region_AL is None else state.stood_AL & region_AL
 
 
 @cache
@@ -146,11 +168,16 @@ def note_plan(record: Record, state: State, scored: Any, alive_A: Tensor, acts_A
     """Record a planner's step: log-probability of its choice and, to train on, what it saw; a forced step is none."""
     step = state.planned
     assert step is not None
-    logprob_A = step.distribution.log_prob(scored.chosen_AL, scored.rank_AL)
+    chosen_AL, candidate_AL = scored.chosen_AL, step.candidate_AL
+    if step.standing_AL is not None and step.draw is not None:
+        # What is taken back is chosen too: the canvas says which candidate would be opened and which taken back.
+        chosen_AL = chosen_AL | (step.draw.chosen_BL & step.standing_AL)
+        candidate_AL = candidate_AL | step.standing_AL
+    logprob_A = step.distribution.log_prob(chosen_AL, scored.rank_AL)
     record.note(alive_A, "choice_logprobs", torch.where(acts_A, logprob_A, 0.0))
     if keeps:
         record.note(alive_A, "features", step.feature_ALF)
-        record.note(alive_A, "candidates", scored.window_AL & acts_A[:, None])
+        record.note(alive_A, "candidates", candidate_AL & acts_A[:, None])
 
 
 def empty_plans(state: State) -> Tensor:
@@ -167,4 +194,12 @@ def check_planner(sampler: Any, denoiser: Any) -> None:
     if bare(sampler.score) is planner and knobs.get("acting") is None:
         if knobs.get("path") is None:
             _opened(None, torch.device("cpu"))
-        load_planner(Path(knobs["path"]), fingerprint=fingerprint_of(denoiser) if hasattr(denoiser, "base") else None)
+        known = fingerprint_of(denoiser) if hasattr(denoiser, "base") else None
+        check_remasking(sampler, load_planner(Path(knobs["path"]), fingerprint=known).spec)
+
+
+def check_remasking(sampler: Any, spec: PlannerSpec) -> None:
+    """Raise RecipeError where a planner takes tokens back and its sampler does not, or the other way round."""
+    taking = bare(sampler.remasking) is SLOTS["remasking"].get("planned")
+    if sampler.plans and spec.remasks != taking:
+        raise RecipeError(f"sampler.remasking: {WITHOUT if spec.remasks else WITH}")

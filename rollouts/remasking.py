@@ -148,6 +148,19 @@ def remdm_confidence(state: State, chosen_AL: Tensor, score_AL: Tensor) -> Tenso
     return _renoised(state, chosen_AL, score_AL, weight_AL * _largest_sigma(state))
 
 
+@remasking.register
+@traits(canvas=True, local=True, needs=("current",))
+def planned(state: State, chosen_AL: Tensor, score_AL: Tensor) -> Tensor:
+    """What a planner with distribution `remasking` takes back: the half of its draw that is not opened.
+
+    One draw decides both, and takes back fewer tokens than it opens (`policies.planner_remasking`).
+    """
+    step = state.planned
+    if step is None or step.draw is None or step.standing_AL is None:
+        raise RecipeError("sampler.remasking: 'planned' is half of what a planner with distribution remasking decides.")
+    return step.draw.chosen_BL & step.standing_AL
+
+
 def _largest_sigma(state: State) -> Tensor:
     """Return sigma_max `[A, 1]` of the region, from the shares decided before the step and after it."""
     region_AL, quota = _region(state), _quota(state)

@@ -307,6 +307,10 @@ def _check_parts(sampler: Sampler) -> None:
         raise RecipeError("sampler.length: a planner follows no canvas that changes its length; drop one of the two.")
     if sampler.plans and bare(sampler.score) is not planned.planner:
         raise RecipeError("sampler.selection: 'planned' draws what a planner decides; use score planner with it.")
+    if bare(sampler.remasking) is remasking.planned and (not sampler.plans or sampler.editing is not None):
+        raise RecipeError(
+            "sampler.remasking: 'planned' is half of what selection planned draws; use both, and no editing."
+        )
     if sampler.shadow and sampler.cache is not None:
         raise RecipeError("sampler.cache: no cache has the shadow columns of remasking 'verify'; drop one of the two.")
     if sampler.draws_first and not hasattr(bare(sampler.selection), "bar") and sampler.exact:

@@ -26,8 +26,9 @@ class State:
     may be. `step_A` counts denoiser calls from 0, `open_A` is the number of positions that were
     open at the start, `offset_A` the tokens of the prompt that share a block with the canvas's first. `born_AL` is the
     step that committed a token (-1: none, or given), `committed_AL` the score it was committed with (NaN: none).
-    `group_A` numbers the groups of rollouts from 0. `window_AL`, `quota`, `statistics`, `planned` and `chosen_AL` are
-    those of the step and None before they are known. `memory` keeps what a part wants to find again at the next step:
+    `group_A` numbers the groups of rollouts from 0. `window_AL`, `quota`, `hidden` (states `[K, D]` and the positions,
+    row x L + position, that they are of), `statistics`, `planned` and `chosen_AL` are those of the step and None before
+    they are known. `memory` keeps what a part wants to find again at the next step:
     tensors whose first dimension is A.
     """
 
@@ -49,6 +50,7 @@ class State:
     step: int
     window_AL: Tensor | None = None
     quota: Quota | None = None
+    hidden: tuple[Tensor, Tensor] | None = None
     statistics: Statistics | None = None
     planned: Planned | None = None
     chosen_AL: Tensor | None = None

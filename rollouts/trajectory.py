@@ -87,7 +87,8 @@ class Trajectory:
     `draft_window_BSL` whether the step could have committed it.
 
     Where a planner is trained, `features_BSLF` is what it saw at each step (fp16) and `candidate_BSL` what it could
-    choose from, nothing at a step that was not its own: its update calls no denoiser.
+    choose from, nothing at a step that was not its own: its update calls no denoiser. Candidates that the step saw
+    decided are those that it could take back.
     """
 
     prompt_BQ: Tensor
@@ -149,6 +150,15 @@ class Trajectory:
             token_NL[place] = past.token_R[here_R]
             rank_NL[place] = past.rank_R[here_R].to(rank_NL.dtype)
         return token_NL, rank_NL
+
+    def taken_at(self, row_N: Tensor, step_N: Tensor) -> Tensor:
+        """Return `taken_NL`, the tokens that step `step_N` of rollout `row_N` took back or replaced."""
+        taken_NL = torch.zeros_like(self.born_BL[row_N], dtype=torch.bool)
+        if self.retracted is not None:
+            past = self.retracted.select(row_N, len(self))
+            here_R = past.died_R == step_N[past.row_R]
+            taken_NL[past.row_R[here_R], past.position_R[here_R]] = True
+        return taken_NL
 
     def exists_before(self, row_N: Tensor, step_N: Tensor) -> Tensor | None:
         """Return `exists_NL`, the positions that the canvas had at a step; None where no length ever changed."""

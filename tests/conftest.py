@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +27,17 @@ def onegraph() -> ModuleType:
 def retractions() -> ModuleType:
     """Every trajectory of a toy whose sampler takes tokens back (tests/retractions.py)."""
     return importlib.import_module("retractions")
+
+
+@pytest.fixture(scope="session")
+def policy_toys() -> Iterator[ModuleType]:
+    """The planners' problems whose best values are known (benchmarks/policy_toys.py)."""
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        yield importlib.import_module("policy_toys")
+    finally:
+        sys.path.remove(folder)
 
 
 @pytest.fixture(scope="module")

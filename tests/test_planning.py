@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -373,23 +371,9 @@ def test_recipes_that_contradict_themselves(model: Path, changes: list[str], mes
         recipe(model, *changes)
 
 
-def toys() -> ModuleType:
-    """Return the benchmark's problems."""
-    folder = Path(__file__).parents[1] / "benchmarks"
-    sys.path.insert(0, str(folder))
-    try:
-        spec = importlib.util.spec_from_file_location("policy_toys", folder / "policy_toys.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(folder))
-    return module
-
-
-def test_best_values_of_the_toys_are_the_references() -> None:
+def test_best_values_of_the_toys_are_the_references(policy_toys: ModuleType) -> None:
     """The reference values of the notes on unmasking policies, sections 9.2 and 9.4."""
-    module = toys()
+    module = policy_toys
     for alpha, wanted in ((0.0, 0.6710), (0.3, 0.5473), (1.0, 0.4690), (3.0, 0.3596)):
         assert module.Exchangeable(0.12).best(alpha) == pytest.approx(wanted, abs=6e-5)
     assert module.Trap().best(1.0) == pytest.approx(0.732, abs=0.01)
@@ -400,8 +384,8 @@ def test_best_values_of_the_toys_are_the_references() -> None:
 @pytest.mark.xfail(strict=False, reason="open: 93.3 % of the best value with seeds 0 and 2, 95 % is asked")
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_learned_policies_reach_the_best_values(seed: int) -> None:
-    module = toys()
+def test_learned_policies_reach_the_best_values(policy_toys: ModuleType, seed: int) -> None:
+    module = policy_toys
     for alpha in (0.0, 0.3, 1.0, 3.0):
         assert module.exchangeable(alpha, seed)["share"] >= 0.95
     assert module.trap(seed)["alpha 1 temperature 0.5"]["share"] >= 0.90
@@ -409,9 +393,9 @@ def test_learned_policies_reach_the_best_values(seed: int) -> None:
 
 @pytest.mark.xfail(strict=False, reason="open: argmax opened its positions in 7.2 calls, above 11 were expected")
 @pytest.mark.slow
-def test_fallbacks_in_the_trap_without_a_warm_start() -> None:
+def test_fallbacks_in_the_trap_without_a_warm_start(policy_toys: ModuleType) -> None:
     """A forced argmax ends in one position a step; a sampled one learns."""
-    module = toys()
+    module = policy_toys
     argmax, sampled = (
         module.trap(0, fallback=kind, warmup=0, batches=90, sharps=(1.0,))["alpha 1 temperature 1"]
         for kind in ("argmax", "sampled")
@@ -421,8 +405,8 @@ def test_fallbacks_in_the_trap_without_a_warm_start() -> None:
 
 @pytest.mark.xfail(strict=False, reason="open: multiplicative speed ended at 8.0 calls and an exact rate of 0.0085")
 @pytest.mark.slow
-def test_additive_speed_is_hacked_and_multiplicative_is_not() -> None:
-    module = toys()
+def test_additive_speed_is_hacked_and_multiplicative_is_not(policy_toys: ModuleType) -> None:
+    module = policy_toys
     hacked, honest = (module.hacking(speed, 0) for speed in (additive, multiplicative))
     assert hacked["nfe"] < 1.5 and hacked["exact"] < 0.02
     assert honest["nfe"] > 3 and honest["exact"] > 0.05
