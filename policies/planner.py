@@ -195,7 +195,7 @@ def new_planner(spec: PlannerSpec, *, seed: int = 0, fingerprint: str = "") -> P
         if counts:
             # Slow at first, as a negative bias makes independent positions: each doubling is e times less likely.
             # From equal chances the toys end in the best pair, however small its gain over the best single step.
-            network.count.bias.data.copy_(-torch.tensor(spec.counts).log2())  # type: ignore[union-attr]
+            network.get_parameter("count.bias").data.copy_(-torch.tensor(spec.counts).log2())
     return Planner(spec, network, fingerprint)
 
 
