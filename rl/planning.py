@@ -25,7 +25,8 @@ from ..rollouts.worker import RolloutBatch
 from .credit import Credit
 from .distributed import gather_objects, total
 from .losses import NonFiniteError, require_bounded
-from .planscores import LABELLED, final_labels, step_scores
+from .planchecks import check_choices
+from .planscores import final_labels, step_scores
 
 STEP_FIELDS = ("row_N", "step_N", "advantage_N", "expert_N", "old_N", "label_NL")
 
@@ -120,30 +121,8 @@ class Planning:
     temperature: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
-        low, high = self.alpha
-        if not 0 <= low <= high < math.inf or (low == 0 < high):
-            raise RecipeError(f"planner.alpha: [{low}, {high}] must rise and lie above 0, a range is drawn by its log.")
-        if any(not 0 < level <= 1 for level in self.levels):
-            raise RecipeError(
-                f"planner.expert.levels: {list(self.levels)} are compared with probabilities; use (0, 1]."
-            )
-        if self.experts >= self.group:
-            raise RecipeError(f"planner.expert.levels: {self.experts} of {self.group} rollouts leave the planner none.")
-        if self.levels and self.planner.spec.distribution == "count":
-            raise RecipeError("planner.expert: a threshold opens numbers that `count` may not have; use bernoulli.")
-        if self.planner.spec.shortlist and self.block is not None:
-            raise RecipeError("planner.shortlist: may hold no position of the expert's block; drop expert.block.")
-        if self.labels == "final" and self.planner.spec.distribution not in LABELLED:
-            raise RecipeError(f"planner.expert.labels: final teaches each position alone; use {', '.join(LABELLED)}.")
-        if self.target_nfe is not None and low != high:
-            raise RecipeError("planner.target_nfe: alpha follows from it; give alpha one number to begin with.")
-        if self.order is not None and (
-            self.planner.spec.distribution != "categorical" or "odds" not in self.planner.spec.features
-        ):
-            raise RecipeError(
-                "planner.order: is made of the feature odds and orders one position a step; use categorical."
-            )
-        self.learner = Learner(self.planner.network, high)
+        check_choices(self)
+        self.learner = Learner(self.planner.network, self.alpha[1])
         self.surrogate(torch.zeros(1), torch.ones(1))
 
     @property
