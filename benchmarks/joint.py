@@ -1,6 +1,6 @@
 """Planner alone, denoiser alone and both in one run on the shipped model: held-out exact rate against denoiser calls.
 
-python benchmarks/joint.py [--arms NAME ...] [--seeds 3] [--steps 60] [--problems 256] [--json FILE]
+python benchmarks/joint.py [--arms NAME ...] [--seeds 3] [--steps 40] [--problems 256] [--json FILE]
 
 Each arm is `joint_tiny` with what it does not train left out: the same task, batches, updates and full diffusion. The
 denoiser alone rolls out by a confidence threshold; a planner alone sees the likeliest tokens, as its own recipe has it.
@@ -24,7 +24,7 @@ from unmask.rl.bench_policies import Grid, bench_policies
 
 RECIPE, CANVAS = "joint_tiny", 64
 ALPHAS, LEVELS = (0.3, 1.0, 3.0), (0.5, 0.7, 0.9)
-COMMON = ["rollout.prompts=8", "evaluation.problems=16", f"rollout.canvas={CANVAS}"]
+COMMON = ["rollout.prompts=8", "planner.expert.warmup=6", "evaluation.problems=16", f"rollout.canvas={CANVAS}"]
 THRESHOLD = "{schedule: {name: whole, per_step: 1}, score: confidence, selection: {name: threshold, level: 0.7}}"
 ARMS: dict[str, list[str]] = {
     "planner": [
@@ -32,7 +32,7 @@ ARMS: dict[str, list[str]] = {
         *("planner.lr=null", "optim.lr=1.0e-3"),
     ],
     "denoiser": [
-        *("planner=null", "objective={actions: [tokens]}", f"rollout.sampler={THRESHOLD}", "evaluation.sampler=null"),
+        *("planner=null", "objective.actions=[tokens]", f"rollout.sampler={THRESHOLD}", "evaluation.sampler=null"),
     ],
     "joint": [],
 }
@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--problems", type=int, default=256)
     parser.add_argument("--json", type=Path, default=RESULTS / "joint.json")
     parser.add_argument("overrides", nargs="*")
