@@ -247,19 +247,21 @@ def trap(
     *,
     told: tuple[float, float] = (1.0, 1.0),
     fallback: str = "sampled",
+    network: str = "transformer",
+    lr: float = 3e-3,
     warmup: int = 30,
     batches: int = 60,
     alphas: tuple[float, ...] = (1.0,),
     sharps: tuple[float, ...] = (1.0, 0.5),
 ) -> dict[str, Any]:
     """Train on the trap, after imitating a threshold of 0.8 in blocks of 4 for `warmup` batches; tell how it does."""
-    toy, kind = Trap(), dict[str, Any](fallback=fallback)
+    toy, kind = Trap(), dict[str, Any](fallback=fallback, network=network)
     features = ("odds", "eos", "masked", "time", "left", "alpha")
     spec = PlannerSpec(features=features, width=32, mlp=64, **kind)
     expert: dict[str, Any] = {"levels": (0.8,), "block": 4, "warmup": warmup} if warmup else {}
     planning = planning_of(spec, seed, group=8, alpha=told, **expert)
-    train(toy, planning, batches=batches, prompts=16, lr=3e-3, temperature=0.0)
-    found: dict[str, Any] = {"seed": seed, "fallback": fallback, "warmup": warmup, "told": list(told)}
+    train(toy, planning, batches=batches, prompts=16, lr=lr, temperature=0.0)
+    found: dict[str, Any] = {"seed": seed, "warmup": warmup, "told": list(told), **kind}
     for alpha in alphas:
         heard = alpha if told[0] < told[1] else told[0]
         for sharp in sharps:
@@ -299,7 +301,9 @@ def main() -> None:
         settings = (0.1, 0.3, 1.0, 3.0, 10.0)
         note("conditioned", trap(seed, told=(0.1, 10.0), batches=150, alphas=settings, sharps=(0.5,)))
         for fallback in ("sampled", "argmax", "none"):
-            note("from scratch", trap(seed, fallback=fallback, warmup=0, batches=90, sharps=(1.0,)))
+            for network, lr in (("transformer", 3e-3), ("linear", 3e-2)):
+                kind: dict[str, Any] = {"fallback": fallback, "network": network, "lr": lr}
+                note("from scratch", trap(seed, warmup=0, batches=90, **kind))
         for speed in (multiplicative, additive):
             note("hacking", hacking(speed, seed))
     print(f"wrote {save('policy_toys', table, arguments.json, seeds={'training': list(seeds), 'evaluation': 99})}")
