@@ -306,13 +306,18 @@ def compared(few: dict[str, Any], many: dict[str, Any], plain: dict[str, Any]) -
         "few": few,
         "many": many,
         "plain": plain,
-        "memory_ratio_graphs": many["graph_mb"] / few["graph_mb"],
-        "memory_ratio_peak": many["peak_mb"] / few["peak_mb"],
+        "memory_ratio_graphs": _ratio(many, few, "graph_mb"),
+        "memory_ratio_peak": _ratio(many, few, "peak_mb"),
         "times_faster": plain["alone_s"]["mean"] / many["alone_s"]["mean"],
-        "plain_memory_ratio_graphs": plain["graph_mb"] / many["graph_mb"],
-        "plain_memory_ratio_peak": plain["peak_mb"] / many["peak_mb"],
+        "plain_memory_ratio_graphs": _ratio(plain, many, "graph_mb"),
+        "plain_memory_ratio_peak": _ratio(plain, many, "peak_mb"),
         "gradient_difference": plain["gradient_difference"],
     }
+
+
+def _ratio(one: dict[str, Any], other: dict[str, Any], key: str) -> float | None:
+    """Return the ratio of two rows' numbers; None where shapes are so small that the process did not grow."""
+    return one[key] / other[key] if other[key] else None
 
 
 def main() -> None:
