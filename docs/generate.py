@@ -40,8 +40,8 @@ LEFT_OUT = {
     "were not at hand, and there is no released code",
     "RSPO (arXiv 2605.10218)": "the equations were not at hand; what others restate of them leaves open whether the "
     "log-ratio to the reference is a sum or a mean over tokens, which decides what its lambda of 0.01 means",
-    "d2-AnyOrder (arXiv 2509.21474)": "needs a model that was trained to decode in any order with causal masks; none of "
-    "the families here is",
+    "d2-AnyOrder (arXiv 2509.21474)": "needs a model that was trained to decode in any order with causal masks; none "
+    "of the families here is",
     "AGRPO's draw by entropy (arXiv 2510.04019)": "rollouts record no entropies; `agrpo` draws steps uniformly, which "
     "estimates the same gradient",
 }
