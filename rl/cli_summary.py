@@ -109,7 +109,8 @@ def _rl_facts(recipe: Recipe, nproc: int) -> dict[str, Any]:
     spans = canvases > 1 and getattr(SLOTS["unit"].get(objective.unit["name"]), "spans_views", False)
     once = views * ((objective.old == "recompute") + (objective.beta > 0))
     fresh = once if objective.redraw else once / objective.inner_steps
-    forwards = views * (2 if spans else 1) + fresh + more * rollouts * nfe / objective.inner_steps
+    valued = 0 if recipe.value is None else views * (1 + recipe.value.updates)
+    forwards = views * (2 if spans else 1) + fresh + (valued + more * rollouts * nfe) / objective.inner_steps
     evaluation = recipe.evaluation.sampler or rollout.sampler
     temperature = rollout.temperature if recipe.evaluation.temperature is None else recipe.evaluation.temperature
     return {

@@ -30,6 +30,7 @@ from .sharding import whole
 from .surprise import weigh
 from .views import Views
 
+NETWORKS = ("copy", "head")
 FILE = "value.safetensors"  # of a checkpoint: what is trained, and the optimizer's tensors
 
 
@@ -43,6 +44,10 @@ class ValueSettings:
     clip: float = 0.2
     lr: float = 5e-6
     updates: int = 1
+
+    def __post_init__(self) -> None:
+        if self.network not in NETWORKS:
+            raise RecipeError(f"value.network: '{self.network}' is not one of {', '.join(NETWORKS)}.")
 
 
 class ValueNetwork(nn.Module):

@@ -22,6 +22,7 @@ from unmask.policies.denoiser import Denoiser
 from unmask.policies.loading import new_denoiser
 from unmask.recipes.loading import load_methods
 from unmask.recipes.registry import RecipeError
+from unmask.rl.cli_summary import _rl_facts
 from unmask.rl.credit import Credit
 from unmask.rl.memory import estimate
 from unmask.rl.objective import build_objective
@@ -311,8 +312,17 @@ def test_what_cannot_have_a_value_model(overrides: list[str], message: str) -> N
         base("method=tracerl_value", "value.decay=0.9", *overrides)
 
 
+def test_check_counts_its_forwards() -> None:
+    """Each batch: its values before, and one forward a view in each of its updates."""
+    plain, valued = (_rl_facts(base("method=tracerl", *value), 1) for value in ([], ["value={updates: 3}"]))
+    views = 8 * 2  # two views of 8 merged steps a rollout
+    assert valued["forwards_an_update_at_most"] - plain["forwards_an_update_at_most"] == views * 4
+
+
 def test_a_value_of_steps_is_refused() -> None:
     toy, rollouts = toy_rollouts()
     objective = build_objective(load_methods()["tracerl_value"]["objective"])
     with pytest.raises(RecipeError, match="value: it values rollouts"):
         critic_of(States(), (V + 1) ** L).credit(toy, objective, rollouts, Credit(torch.zeros(8, 3), "step"), SAMPLER)
+    with pytest.raises(RecipeError, match=r"value\.network: 'own' is not one of copy, head"):
+        ValueSettings("own")
