@@ -82,12 +82,13 @@ def bench_policies(
     `best` marks the trade-offs at which it is the best of the constants, that is of all that are no planners.
     """
     recipe, denoiser = open_target(target, overrides)
-    for path in grid.planners:
-        load_planner(path, fingerprint=fingerprint_of(denoiser))
+    taking = {p for p in grid.planners if load_planner(p, fingerprint=fingerprint_of(denoiser)).spec.remasks}
     rows = heldout_rows(SLOTS["task"].build(recipe.task)("heldout", seed=recipe.run.seed), problems)
     worker = evaluation_worker(_without_planner(recipe), denoiser, rewards_of(recipe))
     found = []
     for wanted in grid.rows(recipe.rollout.canvas):
+        if wanted["kind"].removeprefix("planner ") in taking:
+            wanted["sampler"]["remasking"] = "planned"
         sampler = build_sampler(load_recipe_sampler(_without_planner(recipe), wanted["sampler"]), temperature=0.0)
         kept: list[RolloutBatch] = []
         result = evaluate(replace(worker, sampler=sampler), rows, keep=kept)

@@ -62,6 +62,15 @@ def test_the_command_writes_table_and_figure(
     assert json.loads(Path("p.json").read_text())["n"] == 3
 
 
+def test_a_planner_that_takes_tokens_back(model: str, tmp_path: Path) -> None:
+    spec = PlannerSpec(width=16, mlp=32, distribution="remasking", back_bias=2.0)
+    new_planner(spec).save(tmp_path / "back")
+    grid = Grid((), planners=("back", "planner"), alphas=(1.0,))
+    found = bench_policies(model, grid, problems=4, overrides=OVERRIDES)
+    assert [row["kind"] for row in found["rows"]] == ["planner back", "planner planner"]
+    assert all(0 < row["nfe"] <= 16 for row in found["rows"])
+
+
 def test_a_planner_that_is_not_there(model: str) -> None:
     with pytest.raises(RecipeError, match="holds no planner"):
         bench_policies(model, Grid((16,), planners=("nowhere",)), problems=2, overrides=OVERRIDES)
