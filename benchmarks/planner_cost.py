@@ -73,9 +73,11 @@ def step_cost(recipe: Recipe, prompt: int) -> dict[str, float]:
     denoiser = on_meta(recipe, vendor, attention="sdpa")
     trunk = products(denoiser.hidden, torch.empty(1, prompt + canvas, dtype=torch.long, device="meta"))
     width, vocabulary = denoiser.base.config.hidden_size, denoiser.family.vocab_size
-    planner = new_planner(PlannerSpec())
-    feature_BLF = torch.rand(1, canvas, len(FEATURES))
-    network = products(planner.network, feature_BLF)
+    # On the meta device, where fused attention is taken apart and its products are counted.
+    network = products(
+        new_planner(PlannerSpec()).network.to("meta"), torch.empty(1, canvas, len(FEATURES), device="meta")
+    )
+    planner, feature_BLF = new_planner(PlannerSpec()), torch.rand(1, canvas, len(FEATURES))
     candidate_BL = torch.ones(1, canvas, dtype=torch.bool)
     elements = touched(lambda: planner.distribution(feature_BLF, candidate_BL).mode())
     return {
