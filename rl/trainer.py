@@ -124,7 +124,6 @@ class UnmaskTrainer(Trainer):
         )
         self.collector = Collector(self.worker, self.rows, prompts=args.num_prompts, exploration=exploration)
         self.eval_worker = replace(self.worker, sampler=tested, drafts=False)
-        self.folder = Path(str(args.output_dir))
         super().__init__(
             model=self.learned[0],
             args=args,
@@ -136,7 +135,8 @@ class UnmaskTrainer(Trainer):
 
     def _finish_setup(self, args: UnmaskConfig) -> None:
         """Do what needs the process group and the device, which Trainer's constructor has set up."""
-        self.model_accepts_loss_kwargs, self.records = False, Records(self.folder)
+        self.model_accepts_loss_kwargs, self.folder = False, Path(str(args.output_dir))
+        self.records = Records(self.folder)
         # The plans in flight, one or one an inner step, and their batch (not after a resume between inner steps); the
         # checkpoint that `train` resumes from; whether it was read.
         self.plans: list[AnyPlan] = []
@@ -194,18 +194,10 @@ class UnmaskTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimizer over the trainable parameters once."""
         if self.optimizer is None:
-            args = self.args
-            if args.sharding == "fsdp":
+            if self.args.sharding == "fsdp":
                 # From here on: what went before, reading a checkpoint included, saw plain tensors.
                 shard_for_training(self.accelerator, self.denoiser, self.reference)
-            defaults: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-            defaults["betas"] = (args.adam_beta1, args.adam_beta2)
-            knobs = defaults | self.optim
-            self.optimizer = build_optimizer(self.learned[0].named_parameters(), **knobs)
-            if isinstance(self.objective, Joint):
-                self.optimizer = self.objective.with_planner(self.optimizer, knobs)
-            if self.denoiser.root is not None:
-                leave_out_moments(self.optimizer)
+            self.optimizer = _optimizer_of(self)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -225,12 +217,7 @@ class UnmaskTrainer(Trainer):
         planned = time.perf_counter()
         model.train()
         with batch_kept(self, step):
-            statistics = self.objective.backward(self.denoiser, self.plans[inner % len(self.plans)])
-            trained = [parameter for module in self.learned for parameter in module.parameters()]
-            reduce_gradients(trained, average=False)
-            require_finite_gradient(trained, step)
-        if isinstance(self.objective, Joint):
-            statistics["planner_grad_norm"] = self.objective.clip(self.args.max_grad_norm)
+            statistics = _differentiate(self, self.plans[inner % len(self.plans)], step)
         self._metrics |= {f"train/{name}": value for name, value in statistics.items() if name != "loss"}
         self._metrics["time/update_s"] = time.perf_counter() - planned
         self._metrics["time/step_s"] = time.perf_counter() - started
@@ -276,6 +263,31 @@ class UnmaskTrainer(Trainer):
         # Trackers take numbers alone.
         super().log({k: v for k, v in logs.items() if not isinstance(v, list | str)}, start_time)
         stop_if_asked(self)
+
+
+def _optimizer_of(trainer: UnmaskTrainer) -> torch.optim.Optimizer:
+    """Return the optimizer over what a trainer learns."""
+    args = trainer.args
+    defaults: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    defaults["betas"] = (args.adam_beta1, args.adam_beta2)
+    knobs = defaults | trainer.optim
+    optimizer = build_optimizer(trainer.learned[0].named_parameters(), **knobs)
+    if isinstance(trainer.objective, Joint):
+        optimizer = trainer.objective.with_planner(optimizer, knobs)
+    if trainer.denoiser.root is not None:
+        leave_out_moments(optimizer)
+    return optimizer
+
+
+def _differentiate(trainer: UnmaskTrainer, plan: AnyPlan, step: int) -> dict[str, float]:
+    """Leave the gradient of an update in the parameters, summed over ranks, and return its statistics."""
+    statistics = trainer.objective.backward(trainer.denoiser, plan)  # type: ignore[arg-type]
+    trained = [parameter for module in trainer.learned for parameter in module.parameters()]
+    reduce_gradients(trained, average=False)
+    require_finite_gradient(trained, step)
+    if isinstance(trainer.objective, Joint):
+        statistics["planner_grad_norm"] = trainer.objective.clip(trainer.args.max_grad_norm)
+    return statistics
 
 
 def _step_number(items: list[int]) -> dict[str, int]:

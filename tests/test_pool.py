@@ -283,7 +283,9 @@ def test_prints_stay_off_standard_output(pool: Pool, capfd: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_process_outlives_a_killed_trainer(number: int) -> None:
-    code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import hostilerewards; hostilerewards.holder()"
+    # A shell's background jobs ignore SIGINT, and their children with them: Python then raises no KeyboardInterrupt.
+    code = f"import sys, signal; sys.path.insert(0, {str(TESTS)!r}); import hostilerewards; "
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); hostilerewards.holder()"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
         assert parent.stdout is not None
         processes = [int(word) for word in parent.stdout.readline().split()]

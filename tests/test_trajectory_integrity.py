@@ -243,8 +243,8 @@ REMASKINGS = [
 
 
 def test_every_remasking_is_here() -> None:
-    """`verify` needs attention masks: tests/test_shadow.py."""
-    assert {choice["name"] for choice in REMASKINGS} | {"verify"} == set(SLOTS["remasking"])
+    """`verify` needs attention masks (tests/test_shadow.py), `planned` a planner (tests/test_planner_remasking.py)."""
+    assert {choice["name"] for choice in REMASKINGS} | {"verify", "planned"} == set(SLOTS["remasking"])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
