@@ -285,6 +285,7 @@ def test_a_resumed_run_has_heard_what_came_before(model: Path, monkeypatch: pyte
     assert whole == cut and told(Path("runs/short")) == {4: {"silent"}}
 
 
+@pytest.mark.slow
 def test_both_ranks_stop(model: Path) -> None:
     recipe = shortrun.recipe(model, *QUIET, SILENT, "alarms.silent.stop=true")
     processes = shortrun.start_ranks(recipe, 2)

@@ -86,7 +86,7 @@ def test_values_come_back_in_order(pool: Pool) -> None:
 )
 def test_failures_have_a_code_and_a_cause_after_two_attempts(pool: Pool, text: str, outcome: str, cause: str) -> None:
     before = pool.replaced
-    bad, good = run(pool, text, "7")
+    bad, good = run(pool, text, "7", limit_s=60.0)  # reached by none: a busy machine takes its time to fill the memory
     assert (bad.outcome, bad.attempts, bad.reply) == (outcome, 2, None) and cause in bad.cause
     assert good.reply["value"] == 7.0
     assert pool.replaced == before + 2  # each attempt cost one worker
