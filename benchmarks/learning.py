@@ -117,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(BUDGET), choices=list(BUDGET))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="first seed: shares of the work that several machines do")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--problems", type=int, default=256)
     parser.add_argument("--json", type=Path, default=RESULTS / "learning.json")
@@ -128,7 +129,7 @@ def main() -> None:
     if arguments.json.is_file():
         found = json.loads(arguments.json.read_text())["result"]
         runs, base = found["runs"], found["base"]
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first, arguments.first + arguments.seeds):
         if str(seed) not in base:
             base[str(seed)] = before(seed, arguments.problems, arguments.overrides)
         done = {(entry["method"], entry["seed"], entry["steps"]) for entry in runs}
@@ -139,7 +140,7 @@ def main() -> None:
             rates = f"{base[str(seed)]['exact']:.3f} -> {runs[-1]['after']:.3f}"
             print(f"{method} seed {seed}: {rates} in {runs[-1]['wall_s']:.0f} s", flush=True)
             result = {"runs": runs, "base": base, "rows": table(runs, base), "common": COMMON, "estimators": BUDGET}
-            save("learning", result, arguments.json, seeds={"first": 0, "count": arguments.seeds})
+            save("learning", result, arguments.json, seeds={"first": arguments.first, "count": arguments.seeds})
     rows = table(runs, base)
     for method, row in rows.items():
         gain = row["gain"]
