@@ -112,6 +112,14 @@ def draw(runs: list[dict[str, Any]], rows: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def keep(runs: list[dict[str, Any]], base: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write what has been run so far, and return its table."""
+    rows = table(runs, base)
+    result = {"runs": runs, "base": base, "rows": rows, "common": COMMON, "estimators": BUDGET}
+    save("learning", result, arguments.json, seeds={"first": arguments.first, "count": arguments.seeds})
+    return rows
+
+
 def main() -> None:
     """Run what is missing, print the table, write results and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,9 +147,8 @@ def main() -> None:
             runs.append(run(method, seed, arguments.steps, arguments.problems, arguments.overrides))
             rates = f"{base[str(seed)]['exact']:.3f} -> {runs[-1]['after']:.3f}"
             print(f"{method} seed {seed}: {rates} in {runs[-1]['wall_s']:.0f} s", flush=True)
-            result = {"runs": runs, "base": base, "rows": table(runs, base), "common": COMMON, "estimators": BUDGET}
-            save("learning", result, arguments.json, seeds={"first": arguments.first, "count": arguments.seeds})
-    rows = table(runs, base)
+            keep(runs, base, arguments)
+    rows = keep(runs, base, arguments)
     for method, row in rows.items():
         gain = row["gain"]
         words = f"gain {gain['mean']:+.3f} ± {gain['stderr']:.3f} (n={gain['n']} seeds)"
