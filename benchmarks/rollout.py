@@ -23,12 +23,10 @@ from typing import Any
 
 import torch
 from common import save
+from shapes import random_llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from unmask.policies.denoiser import Denoiser
-from unmask.policies.layout import Family
-from unmask.policies.tokenizers import byte_tokenizer
 from unmask.rollouts.engine import denoise
 from unmask.rollouts.sampler import build_sampler
 from unmask.rollouts.worker import pad_left
@@ -83,26 +81,8 @@ class Timed:
 
 
 def random_denoiser(layers: int, block_length: int | None = None) -> Denoiser:
-    """Return a random Llama-shaped denoiser whose weights are large enough for its distributions to differ."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=MLP,
-        num_hidden_layers=layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        initializer_range=0.06,
-    )
-    config.is_causal = False
-    model = LlamaForCausalLM(config).eval()
-    for layer in model.model.layers:
-        layer.self_attn.is_causal = False
-    attention = "full" if block_length is None else "block_causal"
-    family = Family("llada", VOCABULARY, MASK, (EOS,), attention=attention, block_length=block_length)
-    return Denoiser(model, family, byte_tokenizer())
+    """Return a random denoiser of this benchmark's shape."""
+    return random_llama(VOCABULARY, HIDDEN, MLP, layers, HEADS, block_length=block_length)
 
 
 def prompts(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:

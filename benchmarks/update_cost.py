@@ -31,13 +31,11 @@ from common import mean_and_error, save
 from memory import kilobytes
 from rich.console import Console
 from rich.table import Table
+from shapes import random_llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from unmask.policies.denoiser import Denoiser
-from unmask.policies.layout import Family
 from unmask.policies.reference import build_reference
-from unmask.policies.tokenizers import byte_tokenizer
 from unmask.recipes.loading import load_methods
 from unmask.rl.credit import Credit
 from unmask.rl.objective import Objective, build_objective
@@ -103,26 +101,8 @@ class GraphMemory:
 
 def random_denoiser(shape: Shape, *, blocks: bool) -> Denoiser:
     """Return a random model of the shape; block-causal with `blocks`."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        initializer_range=0.06,
-    )
-    config.is_causal = False
-    model = LlamaForCausalLM(config).eval()
-    for layer in model.model.layers:
-        layer.self_attn.is_causal = False
-    attention, length = ("block_causal", shape.block) if blocks else ("full", None)
-    mask, eos = shape.vocabulary - 1, shape.vocabulary - 2
-    family = Family("llada", shape.vocabulary, mask, (eos,), attention=attention, block_length=length)
-    return Denoiser(model, family, byte_tokenizer())
+    sizes = (shape.vocabulary, shape.hidden, shape.mlp, shape.layers, shape.heads)
+    return random_llama(*sizes, block_length=shape.block if blocks else None)
 
 
 def move(denoiser: Denoiser) -> None:

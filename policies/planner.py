@@ -169,32 +169,18 @@ def new_planner(spec: PlannerSpec, *, seed: int = 0, fingerprint: str = "") -> P
     counts = len(spec.counts) if spec.distribution == "count" else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        sizes = {"width": spec.width, "heads": spec.heads, "mlp": spec.mlp}
+        start: dict[str, Any] = {"counts": counts, "bias": spec.bias}
         if spec.network == "linear":
-            network: torch.nn.Module = Linear(spec.features, counts=counts, bias=spec.bias)
+            network: torch.nn.Module = Linear(spec.features, **start)
         elif spec.network == "hidden":
-            network = Hidden(
-                spec.features,
-                hidden=spec.hidden,
-                width=spec.width,
-                heads=spec.heads,
-                mlp=spec.mlp,
-                counts=counts,
-                bias=spec.bias,
-            )
+            network = Hidden(spec.features, hidden=spec.hidden, **sizes, **start)
         else:
-            network = Transformer(
-                spec.features,
-                width=spec.width,
-                heads=spec.heads,
-                mlp=spec.mlp,
-                time=spec.time,
-                counts=counts,
-                bias=spec.bias,
-                everywhere=spec.distribution == "remasking",
-            )
+            everywhere = spec.distribution == "remasking"
+            network = Transformer(spec.features, time=spec.time, everywhere=everywhere, **sizes, **start)
         if counts:
-            # Slow at first, as a negative bias makes independent positions: each doubling is e times less likely.
-            # From equal chances the toys end in the best pair, however small its gain over the best single step.
+            # Slow at first, as a negative bias makes independent positions: each doubling is e times less likely. From
+            # equal chances the slow, sure numbers would die out before their small advantage is learnt.
             network.get_parameter("count.bias").data.copy_(-torch.tensor(spec.counts).log2())
     return Planner(spec, network, fingerprint)
 

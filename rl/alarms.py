@@ -76,22 +76,22 @@ def entropy(history: History, asked: EntropyAlarm) -> str | None:
 
 def empty(history: History, asked: EmptyAlarm) -> str | None:
     """Return what to say when many completions of the last batches were empty."""
-    values = _last(history.batches, "rollout/empty", asked.batches)
-    if len(values) < asked.batches or not min(values) > asked.above:
+    share = _stayed(history.batches, "rollout/empty", asked)
+    if share is None:
         return None
     return (
-        f"{values[-1]:.0%} of the completions are EOS alone or blank, above {asked.above:.0%} for {asked.batches} "
+        f"{share:.0%} of the completions are EOS alone or blank, above {asked.above:.0%} for {asked.batches} "
         "batches: check what they earn (unmask reward check), or set rollout.sampler.eos.suppress"
     )
 
 
 def silent(history: History, asked: SilentAlarm) -> str | None:
     """Return what to say when hardly a rollout of the last batches had an advantage."""
-    values = _last(history.batches, "advantage/zero_share", asked.batches)
-    if len(values) < asked.batches or not min(values) > asked.above:
+    share = _stayed(history.batches, "advantage/zero_share", asked)
+    if share is None:
         return None
     return (
-        f"{values[-1]:.0%} of the rollouts have advantage 0, above {asked.above:.0%} for {asked.batches} batches: "
+        f"{share:.0%} of the rollouts have advantage 0, above {asked.above:.0%} for {asked.batches} batches: "
         "problems are all solved or all failed; take harder or easier ones, a larger rollout.group, or exploration"
     )
 
@@ -130,8 +130,10 @@ class Alarms:
         return {name: text for name, text in self.on.items() if getattr(self.section, name).stop}
 
 
-def _last(records: Sequence[Record], key: str, count: int) -> list[float]:
-    return [record[key] for record in records[-count:] if key in record]
+def _stayed(batches: Sequence[Record], key: str, asked: EmptyAlarm | SilentAlarm) -> float | None:
+    """Return the last batch's share under `key` where it was above the bar in as many batches as are asked for."""
+    values = [record[key] for record in batches[-asked.batches :] if key in record]
+    return values[-1] if len(values) == asked.batches and min(values) > asked.above else None
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:

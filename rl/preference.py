@@ -100,7 +100,7 @@ class Preference:
             torch.dot(share_K, replay(policy, views.part(start, stop)).logprob_A).backward()
         margin_P = margin_P.detach().double()
         return {
-            "loss": total(float(loss)),
+            "loss": total(loss.item()),
             "preference/margin": total(float(margin_P.sum())) / pairs,
             "preference/right": total(float((margin_P > 0).sum())) / pairs,
             "preference/chosen_elbo": total(float(self.elbo(views, leaf_K.detach())[0::2].sum())) / pairs,

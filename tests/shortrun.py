@@ -8,8 +8,9 @@ import os
 import runpy
 import signal
 import socket
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from unmask.policies.denoiser import Denoiser
 from unmask.policies.loading import new_denoiser
 from unmask.recipes.loading import dump_recipe, load_recipe
 from unmask.recipes.registry import SLOTS
 from unmask.recipes.schema import Recipe
+from unmask.rl import cli
+from unmask.rl.trainer import UnmaskTrainer
 
 HERE = Path(__file__).parent
 RECIPE = """
@@ -56,6 +60,38 @@ def parameters(kinds: dict[str, Any], *, often: Sequence[str]) -> list[Any]:
     """Return the named kinds as parameters; those not in `often` take long and run with the slow tests."""
     assert set(often) <= set(kinds)
     return [pytest.param(kinds[name], id=name, marks=() if name in often else pytest.mark.slow) for name in kinds]
+
+
+def command(*arguments: str) -> int:
+    """Run the command line in this process and return its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["unmask", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    return int(end.value.code or 0)
+
+
+def poisoned(at: int) -> Callable[..., Any]:
+    """Return a training_step before whose update `at` a weight becomes NaN, as a bad kernel would make it."""
+    whole = UnmaskTrainer.training_step
+
+    def training_step(self: UnmaskTrainer, module: Any, inputs: dict[str, int], count: Any = None) -> Any:
+        if inputs["step"] == at:
+            with torch.no_grad():
+                next(p for p in self.denoiser.model.parameters() if p.requires_grad).fill_(torch.nan)
+        return whole(self, module, inputs, count)
+
+    return training_step
+
+
+def decided_denoiser() -> Denoiser:
+    """Return a random model that prefers some tokens and positions; the initialisation alone is nearly uniform."""
+    made = new_denoiser(hidden_size=32, layers=2, heads=2, mlp=64, seed=1)
+    with torch.no_grad():
+        made.model.lm_head.weight.mul_(20)
+        for layer in made.model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(20)
+    return made
 
 
 def save_model(folder: Path) -> Path:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import pytest
 import shortrun
-import torch
 from safetensors.torch import load_file
 
 from unmask.policies.tokenizers import byte_tokenizer
 from unmask.recipes.sections import AlarmsSection
-from unmask.rl import cli, run
+from unmask.rl import run
 from unmask.rl.alarms import ALARMS, Alarms
 from unmask.rl.checkpoints import load_plan
 from unmask.rl.guards import AlarmError
@@ -135,32 +133,11 @@ def told(folder: Path) -> dict[int, set[str]]:
     return {step: names for step, names in found.items() if names}
 
 
-def poisoned(at: int) -> Any:
-    """Return a training_step before whose update `at` a weight becomes NaN."""
-    whole = UnmaskTrainer.training_step
-
-    def training_step(self: UnmaskTrainer, module: Any, inputs: dict[str, int], count: Any = None) -> Any:
-        if inputs["step"] == at:
-            with torch.no_grad():
-                next(p for p in self.denoiser.model.parameters() if p.requires_grad).fill_(torch.nan)
-        return whole(self, module, inputs, count)
-
-    return training_step
-
-
-def command(*arguments: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["unmask", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    return int(end.value.code or 0)
-
-
 def test_the_batch_of_a_refused_update_is_there_to_be_read_and_computed_again(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(UnmaskTrainer, "training_step", poisoned(3))
+        patch.setattr(UnmaskTrainer, "training_step", shortrun.poisoned(3))
         with pytest.raises(NonFiniteError) as caught:
             run.train(shortrun.recipe(model, "run.save_every=1", "run.log_rollouts_every=0"))
     folder = Path("runs/short/failed-000003")
@@ -178,7 +155,7 @@ def test_the_batch_of_a_refused_update_is_there_to_be_read_and_computed_again(
     assert again["tokens"] == plan.advantage_A.numel() and math.isfinite(again["loss"])
     # A run that is resumed between two inner steps has no texts at hand; the plan is what the update was made from.
     with monkeypatch.context() as patch:
-        patch.setattr(UnmaskTrainer, "training_step", poisoned(3))
+        patch.setattr(UnmaskTrainer, "training_step", shortrun.poisoned(3))
         with pytest.raises(NonFiniteError):
             run.train(shortrun.recipe(model, "run.save_every=1", "run.log_rollouts_every=0"), resume=Path("runs/short"))
     assert load_file(folder / "plan-0.safetensors").keys()
@@ -189,7 +166,7 @@ def test_a_ratio_beyond_its_limit_stops_the_run(model: Path, capfd: pytest.Captu
         run.train(shortrun.recipe(model, "objective.ratio_limit=1.0001", "run.save_every=1"))
     assert (Path("runs/short/failed-000001/rollouts") / "step-000001.parquet").is_file()
     assert shortrun.checkpoints(Path("runs/short")) == ["checkpoint-1"]
-    assert command("train", "short.yaml", "name=other", "objective.ratio_limit=1.0001") == 2
+    assert shortrun.command("train", "short.yaml", "name=other", "objective.ratio_limit=1.0001") == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith("error: rollout ") and error.endswith("is in runs/other/failed-000001.")
     # The limit is none of what a checkpoint fixes: raised, the same run goes on.
@@ -259,7 +236,7 @@ def test_a_sound_run_is_silent_and_has_the_metrics(model: Path) -> None:
 def test_an_alarm_stops_the_run_where_the_recipe_says_so(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shortrun.recipe(model)
     stop = [*QUIET, SILENT, "alarms.silent.stop=true", "run.save_every=1"]
-    assert command("train", "short.yaml", *stop) == 2
+    assert shortrun.command("train", "short.yaml", *stop) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith("error: update 2: 100% of the rollouts have advantage 0")
     assert error.endswith("alarms.silent.stop ended the run. The batch of update 2 is in runs/short/failed-000001.")
@@ -277,7 +254,7 @@ def test_a_resumed_run_has_heard_what_came_before(model: Path, monkeypatch: pyte
     settings = [*QUIET, "alarms.silent={above: 0.9, batches: 4}", "run.save_every=1", "run.keep=9"]
     run.train(shortrun.recipe(model, *settings, "name=whole"))
     with monkeypatch.context() as patch:
-        patch.setattr(UnmaskTrainer, "training_step", poisoned(3))
+        patch.setattr(UnmaskTrainer, "training_step", shortrun.poisoned(3))
         with pytest.raises(ValueError, match="logits"):
             run.train(shortrun.recipe(model, *settings))
     run.train(shortrun.recipe(model, *settings), resume=Path("runs/short"))

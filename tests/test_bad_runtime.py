@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from unmask.rewards import RewardError
-from unmask.rl import checkpoints, cli, run
+from unmask.rl import checkpoints, run
 from unmask.rl.checkpoints import CheckpointReadError, CheckpointWriteError
 from unmask.rl.losses import NonFiniteError
 from unmask.rl.trainer import UnmaskTrainer
@@ -27,15 +26,6 @@ pytestmark = pytest.mark.usefixtures("place")
 def one_line(error: BaseException, *fragments: str) -> None:
     text = str(error)
     assert "\n" not in text and all(fragment in text for fragment in fragments), text
-
-
-def command(*arguments: str) -> int:
-    """Run the command line in this process and return its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["unmask", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    return int(end.value.code or 0)
 
 
 def loads(folder: Path) -> None:
@@ -105,7 +95,7 @@ def test_at_the_start(
 ) -> None:
     Path("empty.jsonl").write_text("")
     shortrun.recipe(model)
-    assert command("train", "short.yaml", *overrides) == 2
+    assert shortrun.command("train", "short.yaml", *overrides) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert all(fragment in line for fragment in fragments), line
     # What is left, if anything, is the record of what was tried: no weights, no summary.
@@ -122,38 +112,25 @@ def test_a_model_with_nan_weights_is_not_started(model: Path, tmp_path: Path) ->
     next(iter(state.values())).fill_(torch.nan)
     save_file(state, damaged / "model.safetensors", metadata={"format": "pt"})
     shortrun.recipe(damaged)
-    assert command("train", "short.yaml") == 2
+    assert shortrun.command("train", "short.yaml") == 2
     assert not Path("runs/short").exists()
 
 
 def test_a_step_too_large_ends_in_one_line(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     # The first steps blow the weights up; the rollouts that follow have no finite log-probability.
     shortrun.recipe(model)
-    assert command("train", "short.yaml", "optim.lr=1e30", "run.save_every=1", "objective.inner_steps=1") == 2
+    assert shortrun.command("train", "short.yaml", "optim.lr=1e30", "run.save_every=1", "objective.inner_steps=1") == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith("error: rollout 0") and "are NaN, infinite" in error and "resume from" in error
     loads(Path("runs/short"))
     assert not Path("runs/short/adapter").exists() and not Path("runs/short/summary.json").exists()
 
 
-def poisoned(at: int) -> Callable[..., Any]:
-    """Return a training_step before whose update `at` a weight becomes NaN, as a bad kernel would make it."""
-    whole = UnmaskTrainer.training_step
-
-    def training_step(self: UnmaskTrainer, module: Any, inputs: dict[str, int], count: Any = None) -> Any:
-        if inputs["step"] == at:
-            with torch.no_grad():
-                next(p for p in self.denoiser.model.parameters() if p.requires_grad).fill_(torch.nan)
-        return whole(self, module, inputs, count)
-
-    return training_step
-
-
 @pytest.mark.parametrize(("at", "what"), [(2, "rollout 0, step 0: the logits"), (3, "a log-probability is nan")])
 def test_weights_that_turn_nan(model: Path, monkeypatch: pytest.MonkeyPatch, at: int, what: str) -> None:
     # Before a batch is collected, and between its two inner steps.
     with monkeypatch.context() as patch:
-        patch.setattr(UnmaskTrainer, "training_step", poisoned(at))
+        patch.setattr(UnmaskTrainer, "training_step", shortrun.poisoned(at))
         with pytest.raises(ValueError, match=what) as caught:
             run.train(shortrun.recipe(model, "run.save_every=1", "run.keep=5", "optim.steps=6"))
     one_line(caught.value, "rollout 0", "resume from", "checkpoint")
@@ -234,7 +211,7 @@ def test_an_error_of_another_kind_keeps_its_name(model: Path, monkeypatch: pytes
 def stopped(model: Path) -> Path:
     """The folder of a run that died between the inner steps of its second batch; it has checkpoints 1 to 3."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(UnmaskTrainer, "training_step", poisoned(3))
+        patch.setattr(UnmaskTrainer, "training_step", shortrun.poisoned(3))
         with pytest.raises(NonFiniteError):
             run.train(shortrun.recipe(model, "run.save_every=1", "run.keep=5", "optim.steps=6"))
     return Path("runs/short")
@@ -289,38 +266,38 @@ def test_resuming_what_cannot_be(stopped: Path, model: Path, capfd: pytest.Captu
         "runs/short/checkpoint-8": ["runs/short/checkpoint-8"],
         str(model): ["recipe.yaml"],
     }.items():
-        assert command("train", "--resume", target) == 2
+        assert shortrun.command("train", "--resume", target) == 2
         line = capfd.readouterr().err.splitlines()[-1]
         assert line.startswith("error: ") and all(fragment in line for fragment in fragments), line
-    assert command("train", "short.yaml", "--resume", str(model)) == 2
+    assert shortrun.command("train", "short.yaml", "--resume", str(model)) == 2
     assert "holds no complete checkpoint" in capfd.readouterr().err
-    assert command("train", "short.yaml", "optim.lr=0.5", "--resume", "runs/short") == 2
+    assert shortrun.command("train", "short.yaml", "optim.lr=0.5", "--resume", "runs/short") == 2
     assert "resume: objective.inner_steps" not in capfd.readouterr().err
     # A folder with checkpoints of something else, and a run that saved none.
     (stopped / "recipe.yaml").unlink()
-    assert command("train", "short.yaml", "--resume", "runs/short") == 2
+    assert shortrun.command("train", "short.yaml", "--resume", "runs/short") == 2
     assert "holds no recipe.yaml, so it is not the folder of a run" in capfd.readouterr().err
-    assert command("train", "short.yaml", "name=other", "optim.steps=1") == 0
+    assert shortrun.command("train", "short.yaml", "name=other", "optim.steps=1") == 0
     capfd.readouterr()
-    assert command("train", "--resume", "runs/other") == 2
+    assert shortrun.command("train", "--resume", "runs/other") == 2
     assert "holds no complete checkpoint; set run.save_every" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["evaluate", "sample"])
 def test_a_run_that_has_not_finished(stopped: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert command(name, "runs/short") == 2
+    assert shortrun.command(name, "runs/short") == 2
     line = capfd.readouterr().err.splitlines()[-1]
     assert "holds neither adapter nor model, the run has not finished" in line
     assert "evaluate runs/short/checkpoint-3, or finish it (unmask train --resume runs/short)" in line
-    assert command(name, "runs/short/checkpoint-3") == 0
-    assert command(name, "runs/short/checkpoint-7") == 2
-    assert command(name, "runs") == 2
+    assert shortrun.command(name, "runs/short/checkpoint-3") == 0
+    assert shortrun.command(name, "runs/short/checkpoint-7") == 2
+    assert shortrun.command(name, "runs") == 2
     assert "without recipe.yaml" in capfd.readouterr().err
 
 
 def test_the_results_file_is_tried_before_the_work(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shortrun.recipe(model)
-    assert command("train", "short.yaml", "--json", "nowhere/result.json") == 2
+    assert shortrun.command("train", "short.yaml", "--json", "nowhere/result.json") == 2
     assert "nowhere/result.json" in capfd.readouterr().err and not Path("runs").exists()
-    assert command("train", "short.yaml", "optim.steps=1", "--json", "result.json") == 0
+    assert shortrun.command("train", "short.yaml", "optim.steps=1", "--json", "result.json") == 0
     assert json.loads(Path("result.json").read_text())["n"] == 5

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shortrun
 
 from unmask.recipes.loading import parse_recipe
 from unmask.recipes.registry import RecipeError
 from unmask.rewards import sandbox
 from unmask.rewards.sandbox import SandboxError
-from unmask.rl import cli
 from unmask.rl.datacheck import data_check, duplicates
 from unmask.rl.rewardcheck import TRICKS, reward_check
 
@@ -39,15 +39,6 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent)])
     monkeypatch.setenv("COLUMNS", "120")
     (tmp_path / "mine.yaml").write_text(RECIPE)
-
-
-def command(*arguments: str) -> int:
-    """Run the command line in this process and return its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["unmask", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    return int(end.value.code or 0)
 
 
 def rows_file(rows: list[dict[str, Any]]) -> str:
@@ -135,10 +126,10 @@ def test_a_generator_with_few_problems_shows_what_it_has() -> None:
 
 
 def test_every_row_is_read_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("data", "check", "mine.yaml", "--json", "data.json") == 0
+    assert shortrun.command("data", "check", "mine.yaml", "--json", "data.json") == 0
     (report,) = json.loads(Path("data.json").read_text())
     assert report["rows"]["train"] == 1000
-    assert command("data", "check", "mine.yaml", rows_file([{"prompt": 5}])) == 2
+    assert shortrun.command("data", "check", "mine.yaml", rows_file([{"prompt": 5}])) == 2
     assert "rows.jsonl:1: column 'prompt' holds 5; expected text, or a list of messages" in capsys.readouterr().err
 
 
@@ -199,10 +190,10 @@ def test_a_reward_that_takes_any_box_is_caught() -> None:
 
 
 def test_the_command_ends_with_1_when_a_trick_pays(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("reward", "check", "mine.yaml", "--rows", "4", "--json", "found.json") == 0
+    assert shortrun.command("reward", "check", "mine.yaml", "--rows", "4", "--json", "found.json") == 0
     assert "no trick pays" in capsys.readouterr().out
     assert {row["name"] for row in json.loads(Path("found.json").read_text())} >= set(TRICKS)
-    assert command("reward", "check", "mine.yaml", "rewards=['toyrewards:anywhere']") == 1
+    assert shortrun.command("reward", "check", "mine.yaml", "rewards=['toyrewards:anywhere']") == 1
     assert "1 of 12 kinds fail" in capsys.readouterr().out
 
 

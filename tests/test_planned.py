@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shortrun
 import torch
 from torch import Tensor
 
 from unmask.policies.denoiser import Denoiser
-from unmask.policies.loading import load_denoiser, new_denoiser
+from unmask.policies.loading import load_denoiser
 from unmask.policies.planner import FEATURES, Planner, PlannerSpec, new_planner
 from unmask.policies.planner_networks import Logits
 from unmask.recipes.registry import RecipeError
@@ -39,12 +40,7 @@ SPECS = {
 
 @pytest.fixture(scope="module")
 def denoiser() -> Denoiser:
-    made = new_denoiser(hidden_size=32, layers=2, heads=2, mlp=64, seed=1)
-    with torch.no_grad():
-        made.model.lm_head.weight.mul_(20)  # the initialisation alone is nearly uniform
-        for layer in made.model.model.layers:
-            layer.self_attn.o_proj.weight.mul_(20)
-    return made
+    return shortrun.decided_denoiser()
 
 
 def acting(spec: PlannerSpec, **more: Any) -> Acting:

@@ -12,11 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import shortrun
 import torch
 from torch import Tensor
 
 from unmask.policies.denoiser import Denoiser
-from unmask.policies.loading import new_denoiser
 from unmask.policies.planner import FEATURES, STANDING_FEATURES, PlannerSpec, new_planner
 from unmask.policies.planner_distributions import Noise
 from unmask.policies.planner_remasking import Remasking
@@ -138,12 +138,7 @@ def test_extreme_logits_and_rows_without_candidates_are_finite() -> None:
 
 @pytest.fixture(scope="module")
 def denoiser() -> Denoiser:
-    made = new_denoiser(hidden_size=32, layers=2, heads=2, mlp=64, seed=1)
-    with torch.no_grad():
-        made.model.lm_head.weight.mul_(20)  # the initialisation alone is nearly uniform
-        for layer in made.model.model.layers:
-            layer.self_attn.o_proj.weight.mul_(20)
-    return made
+    return shortrun.decided_denoiser()
 
 
 def acting(**more: Any) -> Acting:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import TrainingArguments
 from unmask.policies.loading import load_denoiser
 from unmask.recipes.loading import load_recipe
 from unmask.recipes.registry import RecipeError
-from unmask.rl import cli, run
+from unmask.rl import run
 from unmask.rl.preference import Preference, pairs_of_run
 from unmask.rl.preference_run import PreferenceTrainer, prefer
 from unmask.rl.report import report
@@ -87,24 +86,16 @@ def test_recipes_that_are_refused(model: Path, overrides: list[str], match: str)
         written(model, *overrides)
 
 
-def command(*arguments: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["unmask", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    return int(end.value.code or 0)
-
-
 @pytest.mark.parametrize("asked", [["train"], ["sft"], ["data", "check"], ["reward", "check"], ["evaluate"]])
 def test_other_commands_say_what_kind_it_is(asked: list[str], model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     written(model)
-    assert command(*asked, "preferred.yaml") == 2
+    assert shortrun.command(*asked, "preferred.yaml") == 2
     line = capfd.readouterr().err.splitlines()[-1]
     told = {"train": "run `unmask prefer preferred.yaml`", "sft": "run `unmask prefer preferred.yaml`"}
     told |= {"data": "has pairs and no tasks", "reward": "of kind preference", "evaluate": "of kind preference"}
     assert told[asked[0]] in line
     shortrun.recipe(model)
-    assert command("prefer", "short.yaml") == 2
+    assert shortrun.command("prefer", "short.yaml") == 2
     assert "of kind rl; run `unmask train short.yaml`" in capfd.readouterr().err
 
 
@@ -113,15 +104,15 @@ def test_check_says_what_it_will_do(model: Path, capsys: pytest.CaptureFixture[s
     lines = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(6)]
     Path("pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     changes = ["pairs={file: pairs.jsonl, canvas: 16}", "preference.draws=3", "run.save_every=50"]
-    assert command("check", "preferred.yaml", *changes, "--json", "facts.json") == 0
+    assert shortrun.command("check", "preferred.yaml", *changes, "--json", "facts.json") == 0
     facts, text = json.loads(Path("facts.json").read_text()), capsys.readouterr().out
     # 4 pairs, 2 completions of 3 canvases: one pass of the reference, two of the policy.
     assert facts["forwards_an_update"] == 3 * 4 * 2 * 3 and facts["updates"] == 12
     assert facts["data"] == "6 pairs, seen 8.0 times each"
     assert "note: run.save_every 50" in text and "ok; next: unmask prefer preferred.yaml" in text
     Path("pairs.jsonl").write_text(json.dumps({"prompt": "1", "chosen": "a"}))
-    assert command("check", "preferred.yaml", *changes) == 2
-    assert command("check", "preferred.yaml") == 0
+    assert shortrun.command("check", "preferred.yaml", *changes) == 2
+    assert shortrun.command("check", "preferred.yaml") == 0
     assert "there is no 'runs/short' yet" in capsys.readouterr().out
-    assert command("check", "preferred.yaml", "--nproc", "3") == 2
-    assert command("prefer", "preferred.yaml", "pairs={file: none.jsonl, canvas: 16}") == 2
+    assert shortrun.command("check", "preferred.yaml", "--nproc", "3") == 2
+    assert shortrun.command("prefer", "preferred.yaml", "pairs={file: none.jsonl, canvas: 16}") == 2
