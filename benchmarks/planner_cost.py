@@ -112,7 +112,7 @@ def recorded(rollouts: int, steps: int, length: int) -> Trajectory:
     born_L = torch.arange(length) * steps // length
     born_BL = torch.stack([born_L[torch.randperm(length, generator=rng)] for _ in range(rollouts)]).to(torch.int16)
     open_BSL = born_BL[:, None] >= torch.arange(steps)[:, None]
-    features_BSLF = torch.rand(rollouts, steps, length, len(FEATURES), generator=rng).half()
+    features_BSLF = torch.rand(rollouts, steps, length, len(FEATURES), generator=rng).half() * open_BSL[..., None]
     features_BSLF[..., FEATURES.index("masked")] = open_BSL.half()
     return Trajectory(
         prompt_BQ=torch.zeros(rollouts, 1, dtype=torch.long),

@@ -86,28 +86,38 @@ class Transformer(nn.Module):
         nn.init.constant_(self.output.bias, bias)
 
     def forward(self, feature_BLF: Tensor) -> Logits:
-        """Return the logits, on a CPU 0 at decided positions where nobody reads those."""
-        hidden = self.enter(feature_BLF[..., self.token_F])
-        mask_BL = torch.ones_like(hidden[..., 0]) if self.mask_at is None else feature_BLF[..., self.mask_at]
-        # Of all conditions only the mask bit tells the positions of a row apart: two are computed, and each position
-        # takes its own by a product, which is exact and whose gradient is a sum in a fixed order.
-        bits_BL2 = torch.stack([1 - mask_BL, mask_BL], dim=-1)
-        scale_1, shift_1, *others = self.condition(self._given(feature_BLF)).chunk(6, dim=-1)
-        attended = _attend(self, self.norm_1(hidden) * (1 + bits_BL2 @ scale_1) + bits_BL2 @ shift_1)
-        # From here on positions are by themselves. To ask how many are open waits for other devices, but not for a CPU.
-        open_K = mask_BL.flatten().nonzero().squeeze(1) if not self.everywhere and hidden.is_cpu else None
-        if open_K is None:
-            gate_1, scale_2, shift_2, gate_2 = (bits_BL2 @ value_B2W for value_B2W in others)
+        """Return the logits, on a CPU 0 at decided positions where nobody reads those.
+
+        All features of decided positions but the row's must be 0 there, as `rollouts.features.observe` has them.
+        """
+        mask_BL = torch.ones_like(feature_BLF[..., 0]) if self.mask_at is None else feature_BLF[..., self.mask_at]
+        # Of all conditions only the mask bit tells the positions of a row apart: two of each are computed.
+        given = self.condition(self._given(feature_BLF)).chunk(6, dim=-1)
+        # To ask which are open waits for other devices, but not for a CPU.
+        asked = _open(mask_BL) if not self.everywhere and feature_BLF.is_cpu else None
+        if asked is None:
+            # Each position takes its own by a product, which is exact and whose gradient is a sum in a fixed order.
+            bits_BL2 = torch.stack([1 - mask_BL, mask_BL], dim=-1)
+            scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = (bits_BL2 @ value_B2W for value_B2W in given)
+            hidden = self.enter(feature_BLF[..., self.token_F])
         else:
-            row_K = open_K // mask_BL.shape[1]
-            gate_1, scale_2, shift_2, gate_2 = (value_B2W[:, 1].index_select(0, row_K) for value_B2W in others)
-            hidden, attended = (x.flatten(0, 1).index_select(0, open_K) for x in (hidden, attended))
-        hidden = hidden + (1 + gate_1) * self.join(attended)
-        inner = self.norm_2(hidden) * (1 + scale_2) + shift_2
-        hidden = self.norm_3(hidden + (1 + gate_2) * self.down(gelu(self.up(inner))))
+            scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = (
+                value_B2W[:, 1].index_select(0, asked.row_K) for value_B2W in given
+            )
+            hidden = self.enter(feature_BLF.flatten(0, 1).index_select(0, asked.flat_K)[:, self.token_F])
+        normed = torch.addcmul(shift_1, self.norm_1(hidden), 1 + scale_1)
+        if asked is None:
+            attended = _attend(self, normed)
+        else:
+            # The decided positions of a row are alike.
+            decided_BW = torch.addcmul(given[1][:, 0], self.norm_1(self.enter.bias), 1 + given[0][:, 0])
+            attended = _attend_open(self, normed, decided_BW, asked)
+        hidden = torch.addcmul(hidden, 1 + gate_1, self.join(attended))
+        inner = torch.addcmul(shift_2, self.norm_2(hidden), 1 + scale_2)
+        hidden = self.norm_3(torch.addcmul(hidden, 1 + gate_2, self.down(gelu(self.up(inner)))))
         logit = self.output(hidden).squeeze(-1)
-        if open_K is not None:
-            logit = logit.new_zeros(mask_BL.numel()).index_copy(0, open_K, logit).view_as(mask_BL)
+        if asked is not None:
+            logit = logit.new_zeros(mask_BL.numel()).index_copy(0, asked.flat_K, logit).view_as(mask_BL)
         return Logits(logit, None if self.count is None else self.count(hidden.mean(dim=1)))
 
     def _given(self, feature_BLF: Tensor) -> Tensor:
@@ -163,22 +173,62 @@ class Hidden(nn.Module):
         return Logits(self.output(x).squeeze(-1), count_BC)
 
 
-def _attend(block: Any, normed: Tensor) -> Tensor:
+class _Open(NamedTuple):
+    """The K open positions of a batch: their rows, and their places in the canvas `[B, L]`, flattened.
+
+    `place_BQ` lists each row's own from left to right, filled with decided ones up to Q, the most of any row; `query_K`
+    is where in it, flattened, the K stand.
+    """
+
+    length: int
+    place_BQ: Tensor
+    row_K: Tensor
+    flat_K: Tensor
+    query_K: Tensor
+
+
+def _open(mask_BL: Tensor) -> _Open:
+    """Return the positions whose mask bit is not 0."""
+    open_BL, length = mask_BL != 0, mask_BL.shape[1]
+    count_B1 = open_BL.sum(dim=1, keepdim=True)
+    most = int(count_B1.max()) if len(open_BL) else 0
+    place_BQ = torch.argsort((~open_BL).to(torch.int8), dim=1, stable=True)[:, :most]
+    query_K = (torch.arange(most, device=mask_BL.device) < count_B1).flatten().nonzero().squeeze(1)
+    row_K = query_K // max(most, 1)
+    return _Open(length, place_BQ, row_K, row_K * length + place_BQ.flatten()[query_K], query_K)
+
+
+def _attend(block: Any, normed_BLW: Tensor) -> Tensor:
     """Return what the heads of a block attend to, before its matrix `join`."""
+    place_L = torch.arange(normed_BLW.shape[1], device=normed_BLW.device)
     query, key, value = (
-        matrix(normed).unflatten(-1, (block.heads, -1)).transpose(1, 2)
+        matrix(normed_BLW).unflatten(-1, (block.heads, -1)).transpose(1, 2)
         for matrix in (block.query, block.key, block.value)
     )
-    found = scaled_dot_product_attention(_rotate(query), _rotate(key), value)
+    found = scaled_dot_product_attention(_rotate(query, place_L), _rotate(key, place_L), value)
     return found.transpose(1, 2).flatten(-2)
 
 
-def _rotate(x_BHLD: Tensor) -> Tensor:
-    """Return queries or keys with RoPE over the canvas: neighbouring entries are a pair."""
-    length, width = x_BHLD.shape[-2:]
-    place_L = torch.arange(length, device=x_BHLD.device, dtype=x_BHLD.dtype)
+def _attend_open(block: Any, normed_KW: Tensor, decided_BW: Tensor, asked: _Open) -> Tensor:
+    """Return what the open positions attend to `[K, W]`, `decided_BW` being at all others of their row."""
+    rows, width = decided_BW.shape
+
+    def canvas(matrix: nn.Module) -> Tensor:
+        others = matrix(decided_BW)[:, None].expand(-1, asked.length, -1).flatten(0, 1)
+        return others.index_copy(0, asked.flat_K, matrix(normed_KW)).view(rows, asked.length, block.heads, -1)
+
+    query = normed_KW.new_zeros(asked.place_BQ.numel(), width).index_copy(0, asked.query_K, block.query(normed_KW))
+    query = query.view(rows, -1, block.heads, width // block.heads)
+    query = _rotate(query.transpose(1, 2), asked.place_BQ[:, None])
+    key = _rotate(canvas(block.key).transpose(1, 2), torch.arange(asked.length, device=normed_KW.device))
+    found = scaled_dot_product_attention(query, key, canvas(block.value).transpose(1, 2))
+    return found.transpose(1, 2).reshape(-1, width).index_select(0, asked.query_K)
+
+
+def _rotate(x_BHLD: Tensor, place: Tensor) -> Tensor:
+    """Return queries or keys with RoPE at their places `[L]` or `[B, 1, L]`: neighbouring entries are a pair."""
+    width = x_BHLD.shape[-1]
     pair_D = torch.arange(width // 2, device=x_BHLD.device, dtype=x_BHLD.dtype) * 2 / width
-    angle_LD = place_L[:, None] * torch.exp(-math.log(ROPE_BASE) * pair_D)
-    even, odd = x_BHLD[..., 0::2], x_BHLD[..., 1::2]
-    cos, sin = angle_LD.cos(), angle_LD.sin()
-    return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    angle = place[..., None].to(x_BHLD.dtype) * torch.exp(-math.log(ROPE_BASE) * pair_D)
+    turned = torch.view_as_complex(x_BHLD.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angle), angle)
+    return torch.view_as_real(turned).flatten(-2)

@@ -16,6 +16,7 @@ from ..rollouts.noise import generator, uniform
 from .enumerable import Tabular
 from .estimators import most_canvases
 from .replay import replay
+from .runfolder import manifest
 from .views import Views
 
 # Every estimator, with as many canvases as come near to eight where it has a number to set.
@@ -76,6 +77,7 @@ def bench_estimators(
         "replicates": replicates,
         "elbo_gap": float(chance_C @ (logp_C.detach() - elbo_C)),
         "rows": rows,
+        "manifest": manifest(device="cpu", dtype="float64", seeds={"model": seed}),
     }
 
 
@@ -131,6 +133,9 @@ def _estimate(views: Views, logprob_K: Tensor) -> Tensor:
 def _words(choice: dict[str, Any]) -> str:
     knobs = ", ".join(f"{key} {value}" for key, value in choice.items() if key != "name")
     return f"{choice['name']} ({knobs})" if knobs else choice["name"]
+
+
+WIDTH = 140  # columns that its table fills
 
 
 def summary_table(found: dict[str, Any]) -> Table:

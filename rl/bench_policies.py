@@ -17,6 +17,7 @@ from ..rollouts.sampler import build_sampler
 from ..rollouts.worker import RolloutBatch
 from .bench_rollout import load_recipe_sampler
 from .evaluate import evaluate, heldout_rows
+from .runfolder import manifest
 from .settings import rewards_of
 from .speed import multiplicative
 from .targets import evaluation_worker, open_target
@@ -107,7 +108,8 @@ def bench_policies(
         if constants:
             max(constants, key=lambda row: row["reward"][alpha])["best"].append(alpha)
     about = {"target": target, "task": recipe.task, "canvas": recipe.rollout.canvas, "n": len(rows)}
-    return {**about, "temperature": grid.temperature, "rows": found}
+    made = manifest(device=denoiser.device, dtype=recipe.model.dtype, seeds={"run": recipe.run.seed})
+    return {**about, "temperature": grid.temperature, "rows": found, "manifest": made}
 
 
 def _without_planner(recipe: Recipe) -> Recipe:

@@ -21,6 +21,7 @@ from ..recipes.schema import Recipe
 from ..rollouts.sampler import Sampler, build_sampler
 from ..rollouts.worker import RolloutBatch
 from .evaluate import evaluate, heldout_rows
+from .runfolder import manifest
 from .settings import rewards_of
 from .targets import evaluation_worker, open_target
 
@@ -146,7 +147,9 @@ def bench_rollout(
             }
         )
         progress(line_of(found[-1]))
-    return {"target": target, "task": recipe.task, "canvas": recipe.rollout.canvas, "n": len(rows), "rows": found}
+    about = {"target": target, "task": recipe.task, "canvas": recipe.rollout.canvas, "n": len(rows)}
+    made = manifest(device=denoiser.device, dtype=recipe.model.dtype, seeds={"run": recipe.run.seed})
+    return {**about, "rows": found, "manifest": made}
 
 
 def paired(solved: Sequence[bool], right: Sequence[bool]) -> tuple[float, float]:

@@ -68,7 +68,9 @@ def estimators(
     found = bench_module.bench_estimators(
         vocabulary=vocabulary, length=length, replicates=replicates, seed=seed, progress=typer.echo
     )
-    Console().print(bench_module.summary_table(found))
+    console = Console()
+    console.width = max(console.width, bench_module.WIDTH)  # a pipe has 80 columns, which would break the names
+    console.print(bench_module.summary_table(found))
     typer.echo(f"the ELBO lies {found['elbo_gap']:.3f} nats below log p; ±: standard error over {replicates} draws")
     if plot is not None:
         bench_module.plot(found, plot)
@@ -100,9 +102,9 @@ def policies(
     for path in (json_file, plot):
         check_output(path)
     from . import bench_policies as bench_module
-    from .targets import open_target
+    from .targets import target_of, target_recipe
 
-    canvas = open_target(target, overrides)[0].rollout.canvas
+    canvas = target_recipe(target_of(target), overrides).rollout.canvas
     sizes = [size for size in (8, 16, 32) if canvas % size == 0 and size < canvas] + [canvas]
     lists = {"levels": level, "alphas": alpha, "planners": planner, "planner_blocks": planner_block}
     chosen = {name: tuple(values) for name, values in lists.items() if values}

@@ -206,6 +206,9 @@ class Planning:
         kept_N = (own_N & (advantage_B[row_N] != 0)) | (expert_N & (imitates | (advantage_B[row_N] > 0)))
         if self.entropy or self.order is not None:
             kept_N |= own_N
+        # Steps with equally many open positions share a chunk: the network works on the most of any of its rows.
+        order_N = trajectory.candidate_BSL.sum(dim=2)[row_N, step_N].argsort(stable=True)
+        kept_N = order_N[kept_N[order_N]]
         row_N, step_N, labelled = row_N[kept_N], step_N[kept_N], imitates and self.labels == "final"
         label_NL = final_labels(trajectory, row_N, step_N) if labelled else row_N.new_zeros(len(row_N), 0)
         faded = max(0.0, 1 - (self.batch - self.warmup) / self.anneal) if self.anneal else 1.0

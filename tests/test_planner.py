@@ -144,9 +144,9 @@ def test_the_published_size_and_start() -> None:
     planner = new_planner(PUBLISHED)
     assert sum(p.numel() for p in planner.network.parameters()) == 331_265
     rng = torch.Generator().manual_seed(0)
-    odds_BL = torch.rand(4, 64, generator=rng)
-    seen = []
     open_L = torch.arange(64) % 2 == 0
+    odds_BL = torch.rand(4, 64, generator=rng) * open_L  # as of decided positions
+    seen = []
     for masked_L, time in itertools.product((open_L.float(), torch.ones(64)), (0.0, 0.7)):
         features = torch.stack([odds_BL, masked_L.expand_as(odds_BL), torch.full_like(odds_BL, time)], dim=2)
         seen.append(planner.network(features).logit_BL[:, open_L])
@@ -180,6 +180,7 @@ def test_a_cpu_leaves_out_what_is_decided() -> None:
         parameter.data += 0.3 * torch.randn(parameter.shape, dtype=torch.float64, generator=rng)
     features = torch.rand(3, 5, len(FEATURES), dtype=torch.float64, generator=rng)
     open_BL = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]])
+    features *= open_BL[..., None]
     features[..., FEATURES.index("masked")] = open_BL.double()
     features[..., [FEATURES.index(n) for n in ("time", "left", "alpha")]] = torch.tensor([0.4, 0.8, -1.2]).double()
     counting = new_planner(PlannerSpec(width=8, mlp=12, distribution="count")).network.double()

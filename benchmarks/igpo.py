@@ -1,0 +1,149 @@
+"""Hints where every rollout of a group fails: IGPO against the same GRPO without them, where the model seldom succeeds.
+
+python benchmarks/igpo.py [--arms NAME ...] [--seeds 3] [--steps 40] [--problems 256] [--json FILE] [--plot FILE.png]
+
+Chains of ten or eleven operations, decided in pairs: most groups of eight hold no right rollout. Both arms are the
+recipe `igpo_tiny_arithmetic`, one of them with `exploration.hints=null`: the same problems, updates and objective. IGPO
+rolls failed groups out once more, so it draws more rollouts; `rollout_rows` tells how many rows of forwards. Finished
+runs are read from the result file, so that an interrupted benchmark goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, mean_and_error, save
+from learning import unmask
+
+RECIPE = "igpo_tiny_arithmetic"
+TASK = "task={name: arithmetic, operations: [10, 11]}"
+SAMPLER = "rollout.sampler={schedule: {name: blocks, size: 2, per_step: 2}}"
+GROUPS, GROUP = 8, 8
+COMMON = [TASK, SAMPLER, "rollout.canvas=80", f"rollout.prompts={GROUPS}", f"rollout.group={GROUP}", "optim.lr=1.0e-3"]
+COMMON += ["objective.inner_steps=2", "run.save_every=0", "run.log_rollouts_every=0"]
+ARMS: dict[str, list[str]] = {"igpo": [], "grpo": ["exploration.hints=null"]}
+
+
+def run(arm: str, seed: int, steps: int, problems: int, overrides: list[str]) -> dict[str, Any]:
+    """Train once, evaluate, and return what results and metrics say."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, words = Path(name), [*COMMON, *ARMS[arm], f"run.seed={seed}", f"optim.steps={steps}"]
+        small = ["evaluation.every=0", "evaluation.problems=8", f"run.directory={folder}"]
+        summary = unmask(folder, "train", RECIPE, *words, *small, *overrides)
+        after = unmask(folder, "evaluate", str(folder / RECIPE), "--problems", str(problems))
+        records = [json.loads(line) for line in (folder / RECIPE / "metrics.jsonl").open()]
+    batches = [record for record in records if "rollout/nfe" in record]
+    kept = {"failed_before": "explore/failed_groups_before", "failed_after": "explore/failed_groups_after"}
+    kept |= {"first_exact": "explore/first_exact", "hint_tokens": "explore/hint_tokens", "leak": "explore/leak"}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "steps": steps,
+        "after": after["exact"],
+        "n": after["n"],
+        # Of the policy's own rollouts, before hints have a say.
+        **{short: [batch.get(long, 0.0) for batch in batches] for short, long in kept.items()},
+        "zero_share": [batch["advantage/zero_share"] for batch in batches],
+        "rollout_rows": sum(
+            batch["rollout/nfe"] * GROUPS * GROUP * (1 + batch.get("explore/tried", 0.0)) for batch in batches
+        ),
+        "wall_s": summary["wall_s"],
+    }
+
+
+def table(runs: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
+    """Return means and standard errors over seeds, a row an arm; shares of groups are those of the whole run."""
+    rows = {}
+    for arm in dict.fromkeys(entry["arm"] for entry in runs):
+        own = [entry for entry in runs if entry["arm"] == arm]
+        before, after = ([sum(e[k]) / len(e[k]) for e in own] for k in ("failed_before", "failed_after"))
+        rows[arm] = {
+            "before": mean_and_error([base[str(entry["seed"])]["exact"] for entry in own]),
+            "after": mean_and_error([entry["after"] for entry in own]),
+            "gain": mean_and_error([entry["after"] - base[str(entry["seed"])]["exact"] for entry in own]),
+            "failed_before": mean_and_error(before),
+            "failed_after": mean_and_error(after),
+            "fall": mean_and_error([1 - last / first for first, last in zip(before, after, strict=True)]),
+            "leak": max(max(entry["leak"]) for entry in own),
+            "rollout_rows": mean_and_error([entry["rollout_rows"] for entry in own]),
+        }
+    return rows
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draw right rollouts and failed groups before hints against batches, an arm a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for arm in ARMS:
+        own = [entry for entry in runs if entry["arm"] == arm]
+        for ax, name, label in (
+            (axes[0], "first_exact", "right rollouts, hints left out"),
+            (axes[1], "failed_before", "failed groups"),
+            *(((axes[1], "failed_after", "failed groups after hints"),) if arm == "igpo" else ()),
+        ):
+            mean = [sum(values) / len(values) for values in zip(*(entry[name] for entry in own), strict=True)]
+            smooth = [sum(mean[max(0, i - 3) : i + 1]) / len(mean[max(0, i - 3) : i + 1]) for i in range(len(mean))]
+            ax.plot(smooth, label=f"{arm}: {label}")
+    for ax in axes:
+        ax.set(xlabel="batch", ylabel="share (mean of four batches)", ylim=(0, 1))
+        ax.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def keep(runs: list[dict[str, Any]], base: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write what has been run so far, and return its table."""
+    rows = table(runs, base)
+    result = {"recipe": RECIPE, "common": COMMON, "arms": ARMS, "base": base, "rows": rows, "runs": runs}
+    save("igpo", result, arguments.json, seeds={"first": 0, "count": arguments.seeds})
+    return rows
+
+
+def main() -> None:
+    """Run what is missing, print the table, write results and plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--problems", type=int, default=256)
+    parser.add_argument("--json", type=Path, default=RESULTS / "igpo.json")
+    parser.add_argument("--plot", type=Path, default=RESULTS / "igpo.png")
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    runs: list[dict[str, Any]] = []
+    base: dict[str, Any] = {}
+    if arguments.json.is_file():
+        found = json.loads(arguments.json.read_text())["result"]
+        runs, base = found["runs"], found["base"]
+    for seed in range(arguments.seeds):
+        if str(seed) not in base:
+            with tempfile.TemporaryDirectory() as name:
+                words = [*COMMON, f"run.seed={seed}", *arguments.overrides, "--problems", str(arguments.problems)]
+                base[str(seed)] = unmask(Path(name), "evaluate", RECIPE, *words)
+        done = {(entry["arm"], entry["seed"], entry["steps"]) for entry in runs}
+        for arm in arguments.arms:
+            if (arm, seed, arguments.steps) in done:
+                continue
+            runs.append(run(arm, seed, arguments.steps, arguments.problems, arguments.overrides))
+            rates = f"{base[str(seed)]['exact']:.3f} -> {runs[-1]['after']:.3f}"
+            print(f"{arm} seed {seed}: {rates} in {runs[-1]['wall_s']:.0f} s", flush=True)
+            keep(runs, base, arguments)
+    for arm, row in keep(runs, base, arguments).items():
+        gain, fall, first, last = (row[name] for name in ("gain", "fall", "failed_before", "failed_after"))
+        print(
+            f"{arm}: gain {gain['mean']:+.3f} ± {gain['stderr']:.3f}, failed groups {first['mean']:.2f} -> "
+            f"{last['mean']:.2f}, a fall of {fall['mean']:.0%} ± {fall['stderr']:.0%} (n={gain['n']} seeds)"
+        )
+    draw(runs, arguments.plot)
+    print(f"wrote {arguments.json} and {arguments.plot}")
+
+
+if __name__ == "__main__":
+    main()
