@@ -2,8 +2,8 @@
 
 python benchmarks/igpo.py [--arms NAME ...] [--seeds 3] [--steps 40] [--problems 256] [--json FILE] [--plot FILE.png]
 
-Chains of ten or eleven operations, decided in pairs: most groups of eight hold no right rollout. Both arms are the
-recipe `igpo_tiny_arithmetic`, one of them with `exploration.hints=null`: the same problems, updates and objective. IGPO
+Both arms are the recipe `igpo_tiny_arithmetic` (chains of ten or eleven operations, decided in pairs: most groups of
+eight hold no right rollout), one of them with `exploration.hints=null`: the same problems, updates and objective. IGPO
 rolls failed groups out once more, so it draws more rollouts; `rollout_rows` tells how many rows of forwards. Finished
 runs are read from the result file, so that an interrupted benchmark goes on where it stopped.
 """
@@ -20,11 +20,9 @@ from common import RESULTS, mean_and_error, save
 from learning import unmask
 
 RECIPE = "igpo_tiny_arithmetic"
-TASK = "task={name: arithmetic, operations: [10, 11]}"
-SAMPLER = "rollout.sampler={schedule: {name: blocks, size: 2, per_step: 2}}"
-GROUPS, GROUP = 8, 8
-COMMON = [TASK, SAMPLER, "rollout.canvas=80", f"rollout.prompts={GROUPS}", f"rollout.group={GROUP}", "optim.lr=1.0e-3"]
-COMMON += ["objective.inner_steps=2", "run.save_every=0", "run.log_rollouts_every=0"]
+ROLLOUTS = 64  # of a batch, as the recipe has it
+COMMON = ["run.log_rollouts_every=0"]
+SHARES = ("zero_share", "exact", "failed_before", "failed_after", "first_exact")
 ARMS: dict[str, list[str]] = {"igpo": [], "grpo": ["exploration.hints=null"]}
 
 
@@ -32,24 +30,24 @@ def run(arm: str, seed: int, steps: int, problems: int, overrides: list[str]) ->
     """Train once, evaluate, and return what results and metrics say."""
     with tempfile.TemporaryDirectory() as name:
         folder, words = Path(name), [*COMMON, *ARMS[arm], f"run.seed={seed}", f"optim.steps={steps}"]
-        small = ["evaluation.every=0", "evaluation.problems=8", f"run.directory={folder}"]
+        small = ["evaluation.problems=8", f"run.directory={folder}"]
         summary = unmask(folder, "train", RECIPE, *words, *small, *overrides)
         after = unmask(folder, "evaluate", str(folder / RECIPE), "--problems", str(problems))
         records = [json.loads(line) for line in (folder / RECIPE / "metrics.jsonl").open()]
     batches = [record for record in records if "rollout/nfe" in record]
-    kept = {"failed_before": "explore/failed_groups_before", "failed_after": "explore/failed_groups_after"}
-    kept |= {"first_exact": "explore/first_exact", "hint_tokens": "explore/hint_tokens", "leak": "explore/leak"}
+    kept = {"zero_share": "advantage/zero_share", "exact": "outcome/ok"}
+    if arm == "igpo":  # `first_exact` and `failed_before` are of its own rollouts, before hints have a say
+        kept |= {"failed_before": "explore/failed_groups_before", "failed_after": "explore/failed_groups_after"}
+        kept |= {"first_exact": "explore/first_exact", "hint_tokens": "explore/hint_tokens", "leak": "explore/leak"}
     return {
         "arm": arm,
         "seed": seed,
         "steps": steps,
         "after": after["exact"],
         "n": after["n"],
-        # Of the policy's own rollouts, before hints have a say.
-        **{short: [batch.get(long, 0.0) for batch in batches] for short, long in kept.items()},
-        "zero_share": [batch["advantage/zero_share"] for batch in batches],
+        **{short: [batch[long] for batch in batches] for short, long in kept.items()},
         "rollout_rows": sum(
-            batch["rollout/nfe"] * GROUPS * GROUP * (1 + batch.get("explore/tried", 0.0)) for batch in batches
+            batch["rollout/nfe"] * ROLLOUTS * (1 + batch.get("explore/tried", 0.0)) for batch in batches
         ),
         "wall_s": summary["wall_s"],
     }
@@ -60,17 +58,18 @@ def table(runs: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
     rows = {}
     for arm in dict.fromkeys(entry["arm"] for entry in runs):
         own = [entry for entry in runs if entry["arm"] == arm]
-        before, after = ([sum(e[k]) / len(e[k]) for e in own] for k in ("failed_before", "failed_after"))
+        whole = {name: [sum(e[name]) / len(e[name]) for e in own] for name in own[0] if name in SHARES}
         rows[arm] = {
             "before": mean_and_error([base[str(entry["seed"])]["exact"] for entry in own]),
             "after": mean_and_error([entry["after"] for entry in own]),
             "gain": mean_and_error([entry["after"] - base[str(entry["seed"])]["exact"] for entry in own]),
-            "failed_before": mean_and_error(before),
-            "failed_after": mean_and_error(after),
-            "fall": mean_and_error([1 - last / first for first, last in zip(before, after, strict=True)]),
-            "leak": max(max(entry["leak"]) for entry in own),
+            **{name: mean_and_error(values) for name, values in whole.items()},
             "rollout_rows": mean_and_error([entry["rollout_rows"] for entry in own]),
         }
+        if arm == "igpo":
+            pairs = zip(whole["failed_before"], whole["failed_after"], strict=True)
+            rows[arm]["fall"] = mean_and_error([1 - after / before for before, after in pairs])
+            rows[arm]["leak"] = max(max(entry["leak"]) for entry in own)
     return rows
 
 
@@ -82,16 +81,18 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for arm in ARMS:
-        own = [entry for entry in runs if entry["arm"] == arm]
-        for ax, name, label in (
-            (axes[0], "first_exact", "right rollouts, hints left out"),
-            (axes[1], "failed_before", "failed groups"),
-            *(((axes[1], "failed_after", "failed groups after hints"),) if arm == "igpo" else ()),
-        ):
-            mean = [sum(values) / len(values) for values in zip(*(entry[name] for entry in own), strict=True)]
-            smooth = [sum(mean[max(0, i - 3) : i + 1]) / len(mean[max(0, i - 3) : i + 1]) for i in range(len(mean))]
-            ax.plot(smooth, label=f"{arm}: {label}")
+    lines = (
+        (0, "igpo", "first_exact", "right rollouts, hints left out"),
+        (0, "grpo", "exact", "right rollouts"),
+        (1, "igpo", "failed_before", "failed groups"),
+        (1, "igpo", "failed_after", "failed groups after hints"),
+        (1, "grpo", "zero_share", "groups without signal"),
+    )
+    for place, arm, name, label in lines:
+        own = [entry[name] for entry in runs if entry["arm"] == arm]
+        mean = [sum(values) / len(values) for values in zip(*own, strict=True)]
+        windows = [mean[max(0, i - 3) : i + 1] for i in range(len(mean))]
+        axes[place].plot([sum(window) / len(window) for window in windows], label=f"{arm}: {label}")
     for ax in axes:
         ax.set(xlabel="batch", ylabel="share (mean of four batches)", ylim=(0, 1))
         ax.legend(fontsize=8)
@@ -136,11 +137,16 @@ def main() -> None:
             print(f"{arm} seed {seed}: {rates} in {runs[-1]['wall_s']:.0f} s", flush=True)
             keep(runs, base, arguments)
     for arm, row in keep(runs, base, arguments).items():
-        gain, fall, first, last = (row[name] for name in ("gain", "fall", "failed_before", "failed_after"))
+        gain, idle = row["gain"], row["zero_share"]
         print(
-            f"{arm}: gain {gain['mean']:+.3f} ± {gain['stderr']:.3f}, failed groups {first['mean']:.2f} -> "
-            f"{last['mean']:.2f}, a fall of {fall['mean']:.0%} ± {fall['stderr']:.0%} (n={gain['n']} seeds)"
+            f"{arm}: gain {gain['mean']:+.3f} ± {gain['stderr']:.3f} (n={gain['n']} seeds), "
+            f"groups without signal {idle['mean']:.2f} ± {idle['stderr']:.2f}"
         )
+        if "fall" in row:
+            first, last, fall = (row[name]["mean"] for name in ("failed_before", "failed_after", "fall"))
+            print(
+                f"  failed groups {first:.2f} -> {last:.2f} with hints: {fall:.0%} ± {row['fall']['stderr']:.0%} fewer"
+            )
     draw(runs, arguments.plot)
     print(f"wrote {arguments.json} and {arguments.plot}")
 

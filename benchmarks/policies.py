@@ -1,12 +1,12 @@
 """Learned unmasking policies on the shipped model against heuristics, and what they do elsewhere than in training.
 
-python benchmarks/policies.py [--seeds 3] [--steps 100] [--problems 512] [--folder DIR] [--json FILE] [--plot FILE.png]
+python benchmarks/policies.py [--seeds 3] [--steps 100] [--problems 512] [--folder DIR] [--json FILE] [--plot STEM]
 
-The recipe `unmask_policy_tiny` (chains of operations, the denoiser frozen, no blocks), a planner a seed; each is told
-five trade-offs. All decode the same held-out problems greedily, heuristics in blocks of 32
-and without blocks. For the table of transfers two more planners are trained, in blocks of 16 and on sudoku, and every
-planner is used in every setting. Runs that `--folder` holds are not trained again and rows that the result file holds
-are not measured again.
+The recipe `unmask_policy_tiny` (the denoiser frozen, no blocks) on chains of operations and on sudoku, a planner a
+seed; each is told five trade-offs. All decode the same held-out problems greedily, heuristics and planners in blocks
+and without them. For the table of transfers one more planner is trained in blocks of 16, and the first of each kind is
+used in every setting. Runs that `--folder` holds are not trained again, and rows that the result file holds are not
+measured again.
 """
 
 from __future__ import annotations
@@ -20,23 +20,22 @@ from typing import Any
 from common import RESULTS, mean_and_error, save
 from learning import unmask
 
-from unmask.rl.bench_policies import ALPHAS, Grid, bench_policies, line_of, plot
+from unmask.rl.bench_policies import ALPHAS, Grid, bench_policies, plot
 
-RECIPE, CANVAS = "unmask_policy_tiny", 64
+RECIPE = "unmask_policy_tiny"
 TOLD = (0.1, 0.3, 1.0, 3.0, 10.0)
 LEVELS = (0.5, 0.7, 0.9, 0.97)
 COMMON = ["evaluation.problems=64"]
 BLOCKS_16 = "rollout.sampler.schedule={name: blocks, size: 16, per_step: 1}"
 SUDOKU = ["task={name: sudoku, clues: [6, 12]}", "rewards=[{name: sudoku, weight: 1.0}]", "rollout.canvas=48"]
-# Planners for the table of transfers, beside those of the seeds.
-OTHERS = {"blocks_16": [BLOCKS_16], "sudoku": SUDOKU}
-# Where they are used: words that change the recipe, and the block length (the canvas: none).
+# What planners are trained on: words that change the recipe, the canvas, and the blocks that they are used in besides.
+TASKS: dict[str, tuple[list[str], int, int]] = {"chains": ([], 64, 32), "sudoku": (SUDOKU, 48, 16)}
+# Where the first of each, and one trained in blocks, are used: words, and the block length (the canvas: none).
 SETTINGS: dict[str, tuple[list[str], int]] = {
-    "chains, no blocks": ([], CANVAS),
+    "chains": ([], 64),
     "chains, blocks of 16": ([], 16),
-    "longer chains, no blocks": (["task={name: arithmetic, operations: [8, 9]}", "rollout.canvas=80"], 80),
-    "sudoku, no blocks": (SUDOKU, 48),
-    "sudoku, blocks of 16": (SUDOKU, 16),
+    "longer chains": (["task={name: arithmetic, operations: [8, 9]}", "rollout.canvas=80"], 80),
+    "sudoku": (SUDOKU, 48),
 }
 ONLY_PLANNERS = Grid(blocks=(), alphas=TOLD)
 
@@ -79,32 +78,32 @@ class Table:
         return save("policies", result, self.path, seeds={"first": 0, "count": 3})
 
 
-def compared(rows: list[dict[str, Any]], block: int) -> dict[str, Any]:
+def compared(rows: list[dict[str, Any]], task: str, block: int, *, whole: bool) -> dict[str, Any]:
     """Return the planners' means over seeds at each trade-off told, and what heuristics do at no fewer calls."""
     heuristics = [row for row in rows if not row["kind"].startswith("planner")]
+    kinds = seeds_of(rows, task)
     found: dict[str, Any] = {}
     for alpha in TOLD:
-        own = [row for row in rows if row["kind"].startswith("planner seed_") and row["block"] == block]
-        own = [row for row in own if row["knob"] == alpha]
+        own = [row for row in rows if row["kind"] in kinds and (row["block"], row["knob"]) == (block, alpha)]
         exact, nfe = (mean_and_error([row[name] for row in own]) for name in ("exact", "nfe"))
-        # A heuristic that takes as many calls or fewer; the best of them, whatever its block length.
-        rivals = [row for row in heuristics if row["nfe"] <= nfe["mean"]]
+        # Heuristics that take as many calls or fewer: in blocks those of the same ones, else all.
+        rivals = [row for row in heuristics if row["nfe"] <= nfe["mean"] and (whole or row["block"] == block)]
         best = max(rivals, key=lambda row: row["exact"], default=None)
         found[f"{alpha:g}"] = {"exact": exact, "nfe": nfe, "best_heuristic_no_slower": best and named(best)}
     found["one_a_step"] = [named(row) for row in heuristics if row["kind"] == "top" and row["knob"] == 1]
     found["best_reward"] = {
         f"{a:g}": {
             "heuristic": named(max(heuristics, key=lambda row: row["reward"][f"{a:g}"]), f"{a:g}"),
-            "planners": mean_and_error([best_of(rows, seed, block, f"{a:g}") for seed in seeds_of(rows)]),
+            "planners": mean_and_error([best_of(rows, seed, block, f"{a:g}") for seed in kinds]),
         }
         for a in ALPHAS
     }
     return found
 
 
-def seeds_of(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the kinds of the planners that differ in their seed alone."""
-    return list(dict.fromkeys(row["kind"] for row in rows if row["kind"].startswith("planner seed_")))
+def seeds_of(rows: list[dict[str, Any]], task: str) -> list[str]:
+    """Return the kinds of the planners of a task, which differ in their seed alone."""
+    return list(dict.fromkeys(row["kind"] for row in rows if row["kind"].startswith(f"planner {task}_")))
 
 
 def best_of(rows: list[dict[str, Any]], kind: str, block: int, alpha: str) -> float:
@@ -126,35 +125,44 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=512)
     parser.add_argument("--folder", type=Path, default=Path("runs/policies"))
     parser.add_argument("--json", type=Path, default=RESULTS / "policies.json")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "policies.png")
+    parser.add_argument("--plot", type=Path, default=RESULTS / "policies", help="the pictures' names, without task")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     table = Table(arguments.json, arguments.problems, arguments.overrides)
-    seeds = [
-        train(arguments.folder, f"seed_{seed}", seed, arguments.steps, arguments.overrides)
-        for seed in range(arguments.seeds)
-    ]
-    first = "chains, no blocks"
-    for block in (32, CANVAS):
-        table.measure(first, [], f"heuristics {block}", Grid(blocks=(block,), levels=LEVELS))
-    for run in seeds:
-        for block in (32, CANVAS):
-            grid = replace(ONLY_PLANNERS, planners=(run,), planner_blocks=(block,))
-            table.measure(first, [], f"{Path(run).name} {block}", grid)
-    others = [train(arguments.folder, name, 0, arguments.steps, words) for name, words in OTHERS.items()]
+    folder, steps, summary, firsts = arguments.folder, arguments.steps, {}, []
+    for task, (words, canvas, size) in TASKS.items():
+        runs = [train(folder, f"{task}_{seed}", seed, steps, words) for seed in range(arguments.seeds)]
+        firsts.append(runs[0])
+        for block in (canvas, size):
+            table.measure(task, words, f"heuristics {block}", Grid(blocks=(block,), levels=LEVELS))
+            for run in runs:
+                grid = replace(ONLY_PLANNERS, planners=(run,), planner_blocks=(block,))
+                table.measure(task, words, f"{Path(run).name} {block}", grid)
+            place = task if block == canvas else f"{task}, blocks of {block}"
+            summary[place] = compared(table.settings[task]["rows"], task, block, whole=block == canvas)
+            table.save(summary)
+    firsts.append(train(folder, "blocks_16", 0, steps, [BLOCKS_16]))
     for setting, (words, block) in SETTINGS.items():
-        threshold = Grid(blocks=(block,), levels=LEVELS, per_step=(), factors=(), nats=(), random=())
         if f"heuristics {block}" not in table.settings.get(setting, {}).get("parts", ()):
+            threshold = Grid(blocks=(block,), levels=LEVELS, per_step=(), factors=(), nats=(), random=())
             table.measure(setting, words, f"thresholds {block}", threshold)
-        for run in (seeds[0], *others):
+        for run in firsts:
             grid = replace(ONLY_PLANNERS, planners=(run,), planner_blocks=(block,))
             table.measure(setting, words, f"{Path(run).name} {block}", grid)
-    held = table.settings[first]
-    summary = {
-        f"blocks of {block}" if block < CANVAS else "no blocks": compared(held["rows"], block) for block in (32, CANVAS)
-    }
-    for row in held["rows"]:
-        print(line_of(row))
+    show(summary)
+    print(f"wrote {table.save(summary)}")
+    for task in TASKS:
+        held = table.settings[task]
+        rows = [
+            row
+            for row in held["rows"]
+            if not row["kind"].startswith("planner") or row["kind"] in seeds_of(held["rows"], task)
+        ]
+        plot({**held, "rows": rows}, arguments.plot.with_name(f"{arguments.plot.name}_{task}.png"))
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print what the planners do at each trade-off beside the best heuristic that is no slower."""
     for name, part in summary.items():
         for told in (f"{alpha:g}" for alpha in TOLD):
             exact, nfe, rival = (part[told][key] for key in ("exact", "nfe", "best_heuristic_no_slower"))
@@ -163,9 +171,6 @@ def main() -> None:
                 f"{name}, told {told}: {exact['mean']:.3f} ± {exact['stderr']:.3f} in {nfe['mean']:.2f} calls "
                 f"(n={exact['n']} seeds); best heuristic no slower: {other}"
             )
-    print(f"wrote {table.save(summary)}")
-    pictured = [row for row in held["rows"] if row["block"] in (32, CANVAS) and row["kind"].split()[-1] not in OTHERS]
-    plot({**held, "rows": pictured}, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """UPO on 4x4 sudoku with the shipped model: learned orders of one position a step against max-confidence and random.
 
-python benchmarks/upo.py [--seeds 3] [--steps 80] [--problems 1024] [--folder DIR] [--json FILE] [KEY.PATH=VALUE ...]
+python benchmarks/upo.py [--seeds 3] [--steps 60] [--problems 1024] [--folder DIR] [--json FILE] [KEY.PATH=VALUE ...]
 
 The recipe `upo_sudoku` with batches of 64 rollouts, a planner a seed, the denoiser frozen. All orders decode the same
 held-out problems greedily, one position a step; a planner nearly always takes its likeliest one (logits divided by
@@ -59,7 +59,7 @@ def main() -> None:
     """Train what is missing, decode, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--problems", type=int, default=1024)
     parser.add_argument("--folder", type=Path, default=Path("runs/upo_sudoku_seeds"))
     parser.add_argument("--json", type=Path, default=RESULTS / "upo.json")

@@ -160,7 +160,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     except ImportError as error:
         raise RecipeError("--plot: needs matplotlib; pip install 'unmask[plots]'.") from error
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(10, 6), layout="constrained")
     curves: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -186,6 +186,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     )
     axes.set(xlabel="denoiser calls a completion (NFE)", ylabel=f"exact rate (n = {result['n']}, standard error)")
     axes.set_xscale("log")
+    for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        which(ticker.ScalarFormatter())
     axes.legend(fontsize=7, ncols=2)
     axes.grid(alpha=0.3)
     knobs = (str(value) for value in result["task"].values() if value is not None)
