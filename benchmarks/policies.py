@@ -27,7 +27,9 @@ TOLD = (0.1, 0.3, 1.0, 3.0, 10.0)
 LEVELS = (0.5, 0.7, 0.9, 0.97)
 COMMON = ["evaluation.problems=64"]
 BLOCKS_16 = "rollout.sampler.schedule={name: blocks, size: 16, per_step: 1}"
+# In blocks, thresholds solve hardly a sudoku: the expert that is imitated at first has none there.
 SUDOKU = ["task={name: sudoku, clues: [6, 12]}", "rewards=[{name: sudoku, weight: 1.0}]", "rollout.canvas=48"]
+SUDOKU += ["planner.expert={levels: [0.6, 0.9], warmup: 12}"]
 # What planners are trained on: words that change the recipe, the canvas, and the blocks that they are used in besides.
 TASKS: dict[str, tuple[list[str], int, int]] = {"chains": ([], 64, 32), "sudoku": (SUDOKU, 48, 16)}
 # Where the first of each, and one trained in blocks, are used: words, and the block length (the canvas: none).
