@@ -30,7 +30,8 @@ class Grid:
     """What is compared: block lengths (the canvas: no blocks) times the knobs of each heuristic, and the planners.
 
     A planner is a path and decodes in the `planner_blocks` at every one of `alphas`, its logits divided by
-    `temperature`.
+    `temperature`. One that chooses lengths has no other blocks; inside them it keeps to the target's own score and
+    selection where those are of such a recipe, else to a threshold.
     """
 
     blocks: tuple[int, ...]
@@ -82,13 +83,17 @@ def bench_policies(
     `best` marks the trade-offs at which it is the best of the constants, that is of all that are no planners.
     """
     recipe, denoiser = open_target(target, overrides)
-    taking = {p for p in grid.planners if load_planner(p, fingerprint=fingerprint_of(denoiser)).spec.remasks}
+    known = fingerprint_of(denoiser)
+    specs = {f"planner {path}": load_planner(path, fingerprint=known).spec for path in grid.planners}
     rows = heldout_rows(SLOTS["task"].build(recipe.task)("heldout", seed=recipe.run.seed), problems)
     worker = evaluation_worker(_without_planner(recipe), denoiser, rewards_of(recipe))
     found = []
     for wanted in grid.rows(recipe.rollout.canvas):
-        if wanted["kind"].removeprefix("planner ") in taking:
+        spec = specs.get(wanted["kind"])
+        if spec is not None and spec.remasks:
             wanted["sampler"]["remasking"] = "planned"
+        if spec is not None and spec.sizes:
+            wanted["sampler"] = _of_lengths(recipe, wanted["sampler"]["score"])
         sampler = build_sampler(load_recipe_sampler(_without_planner(recipe), wanted["sampler"]), temperature=0.0)
         kept: list[RolloutBatch] = []
         result = evaluate(replace(worker, sampler=sampler), rows, keep=kept)
@@ -108,6 +113,13 @@ def bench_policies(
             max(constants, key=lambda row: row["reward"][alpha])["best"].append(alpha)
     about = {"target": target, "task": recipe.task, "canvas": recipe.rollout.canvas, "n": len(rows)}
     return {**about, "temperature": grid.temperature, "rows": found}
+
+
+def _of_lengths(recipe: Recipe, knobs: dict[str, Any]) -> dict[str, Any]:
+    """Return the section of a sampler that asks a planner, with the `knobs` of score planner, for lengths of blocks."""
+    sampler = recipe.rollout.sampler
+    own = {"score": sampler.score, "selection": sampler.selection} if sampler.schedule["name"] == "planned" else {}
+    return {"selection": "threshold", **own, "schedule": {**knobs, "name": "planned"}}
 
 
 def _without_planner(recipe: Recipe) -> Recipe:

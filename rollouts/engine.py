@@ -212,6 +212,8 @@ class _Run:
         quota = quota._replace(window_BL=window_AL, count_B=count_A)
         state.window_AL, state.quota = window_AL, quota
         rows, flat_K, state.statistics = self._measure(state, live_A)
+        quota = state.quota = sampler.narrowed(state, live_A & ~last_A)
+        window_AL = state.window_AL = quota.window_BL
         if self.drafts:
             note_draft(self.record, state, self.alive_A, live_A)
         score_AL = sampler.scores(state)
