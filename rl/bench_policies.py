@@ -23,6 +23,7 @@ from .targets import evaluation_worker, open_target
 
 # Trade-offs at which the rows' rewards are compared.
 ALPHAS = (0.0, 0.3, 1.0, 3.0)
+DRAWN = 0  # in the place of a block length, where a planner draws them
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def bench_policies(
         if spec is not None and spec.remasks:
             wanted["sampler"]["remasking"] = "planned"
         if spec is not None and spec.sizes:
-            wanted["sampler"] = _of_lengths(recipe, wanted["sampler"]["score"])
+            wanted["block"], wanted["sampler"] = DRAWN, _of_lengths(recipe, wanted["sampler"]["score"])
         sampler = build_sampler(load_recipe_sampler(_without_planner(recipe), wanted["sampler"]), temperature=0.0)
         kept: list[RolloutBatch] = []
         result = evaluate(replace(worker, sampler=sampler), rows, keep=kept)
@@ -179,7 +180,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for (kind, block), rows in curves.items():
         rows = sorted(rows, key=lambda row: row["nfe"])
         learned = kind.startswith("planner")
-        place = "no blocks" if block >= result["canvas"] else f"blocks of {block}"
+        place = "no blocks" if block >= result["canvas"] else "drawn blocks" if block == DRAWN else f"blocks of {block}"
         axes.errorbar(
             [row["nfe"] for row in rows],
             [row["exact"] for row in rows],

@@ -99,8 +99,8 @@ def past_blocks(state: State, begins_A1: Tensor, blocks: int, width: int) -> Ten
 
     As h/(1 + h) and behind the state; the newest block last, zeros where there was none. The block that has just ended
     joins them in rows where one begins (`begins_A1`). CtrlDiff pools the hidden states of finished blocks (arXiv
-    2505.14455, eq. 11), which would take a call more: here each token has the state and the entropy of the step that
-    decided it, when it was a mask.
+    2505.14455, eq. 11). A rollout has states where it asks for logits, that is at masks: here each token has the state
+    and the entropy of the step that decided it.
     """
     memory, rows = state.memory, len(begins_A1)
     decided_AD = memory.get(DECIDED, begins_A1.new_zeros(rows, width + 2, dtype=torch.float32))

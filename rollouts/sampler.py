@@ -160,12 +160,6 @@ class Sampler:
             region_AL = torch.where(lingers_A1, state.memory[LINGERING], here_AL)
         return Quota(window_AL & ~lingers_A1, quota.count_B.clamp(min=1), region_AL)
 
-    def narrowed(self, state: State, acts_A: Tensor) -> Quota:
-        """Return the step's quota once it is measured: a schedule that `narrows` decides then, in rows `acts_A`."""
-        assert state.quota is not None
-        rule = getattr(bare(self.schedule), "narrows", None)
-        return state.quota if rule is None else rule(state, state.quota, acts_A, **knobs_of(self.schedule))
-
     def lingers(self, memory: dict[str, Tensor], masked_AL: Tensor) -> Tensor:
         """Return the rows whose next step only edits the region of the last one (`memory["lingering"]`)."""
         rule = getattr(bare(self.editing), "lingers", None)

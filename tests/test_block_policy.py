@@ -365,7 +365,8 @@ def test_it_is_a_row_of_the_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     new_planner(SPEC).save(tmp_path / "lengths")
     grid = Grid((), planners=("lengths",), alphas=(0.3, 1.0))
     found = bench_policies(model, grid, problems=3, overrides=("task.level=easy", "rollout.canvas=16"))
-    assert [(row["kind"], row["knob"]) for row in found["rows"]] == [("planner lengths", 0.3), ("planner lengths", 1.0)]
+    rows = [(row["kind"], row["block"], row["knob"]) for row in found["rows"]]
+    assert rows == [("planner lengths", 0, 0.3), ("planner lengths", 0, 1.0)]
     assert all(0 < row["nfe"] <= 16 for row in found["rows"])
 
 

@@ -168,7 +168,7 @@ def test_the_denoiser_learns_beside_it(model: Path) -> None:
 
 
 def test_no_more_calls_are_promised_than_positions(model: Path) -> None:
-    found = recipe(model)
+    found = recipe(model, "rollout.sampler.schedule={name: planned, per_step: 4}")
     assert step_limit(found.rollout.sampler, found.rollout.canvas) == 16
 
 
