@@ -305,13 +305,21 @@ def test_an_untrained_policy_likes_all_lengths_alike(denoiser: Denoiser) -> None
         assert made.choice_logprob_BS[row, step].item() == pytest.approx(wanted.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("remasking", ["running_confidence", "backtrack"])
+def whims(state: State, chosen_AL: Tensor, score_AL: Tensor) -> Tensor:
+    """Take back a random third of everything, for a while: also what is left of the present block."""
+    return (state.uniform("whims") < 0.35) & (state.step_A < 10)[:, None]
+
+
+@pytest.mark.parametrize("remasking", ["running_confidence", "backtrack", "whims"])
 def test_tokens_that_are_taken_back_leave_the_choices_exact(denoiser: Denoiser, remasking: str) -> None:
     act = acting()
-    parts: dict[str, Any] = {"remasking": remasking, "eos": {"rule": "none"}, "knobs": {"per_step": 2}}
+    parts: dict[str, Any] = {"eos": {"rule": "none"}, "knobs": {"per_step": 2}}
     if remasking == "running_confidence":
         parts["selection"] = "all"
-    made = run(denoiser, sampler_of(act, 0.9, **parts))
+    if remasking != "whims":
+        parts["remasking"] = remasking
+    sampler = sampler_of(act, 0.9, **parts)
+    made = run(denoiser, replace(sampler, remasking=whims) if remasking == "whims" else sampler)
     made.validate()
     assert made.features_BSLF is not None and made.candidate_BSL is not None and made.past_BSMD is not None
     assert made.retracted is not None
