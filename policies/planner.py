@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..recipes.registry import RecipeError, nearest
+from .planner_blocks import INSIDE, Pooled, check_blocks, ends
 from .planner_distributions import FALLBACKS, Bernoulli, Categorical, Count, Distribution, PlackettLuce
 from .planner_networks import Hidden, Linear, Transformer
 from .planner_remasking import MOST, Remasking
@@ -38,7 +39,7 @@ FEATURES = (
 # Of decided tokens, which a planner that takes some back looks at besides.
 STANDING_FEATURES = ("standing", "current")
 NETWORKS = ("transformer", "linear", "hidden")
-DISTRIBUTIONS = ("bernoulli", "plackett_luce", "count", "categorical", "remasking")
+DISTRIBUTIONS = ("bernoulli", "plackett_luce", "count", "categorical", "remasking", "blocks")
 FILE = "planner.safetensors"
 
 
@@ -49,11 +50,13 @@ class PlannerSpec:
     `shortlist` keeps the candidates to so many of the most confident (0: all); `hidden` is the width of the denoiser's
     hidden states, which network `hidden` reads (0: none). With distribution `remasking`, `budget` is the most tokens
     that a step takes back, and `back_bias` the logit of taking one back before training, as `bias` is that of opening.
+    With distribution `blocks` it chooses no positions but the end of the next block, from `lengths`, and reads the
+    hidden states of the last `past` blocks (0: none).
     """
 
     features: tuple[str, ...] = FEATURES
     network: Literal["transformer", "linear", "hidden"] = "transformer"
-    distribution: Literal["bernoulli", "plackett_luce", "count", "categorical", "remasking"] = "bernoulli"
+    distribution: Literal["bernoulli", "plackett_luce", "count", "categorical", "remasking", "blocks"] = "bernoulli"
     fallback: Literal["sampled", "argmax", "none"] = "sampled"
     counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     width: int = 128
@@ -65,6 +68,8 @@ class PlannerSpec:
     back_bias: float = -6.0
     shortlist: int = 0
     hidden: int = 0
+    lengths: tuple[int, ...] = (4, 8, 16, 32)
+    past: int = 4
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -76,7 +81,9 @@ class PlannerSpec:
         ):
             if value not in allowed:
                 raise RecipeError(f"planner.{name}: unknown '{value}'.{nearest(value, list(allowed))}")
-        if (self.network == "hidden") != (self.hidden > 0):
+        if self.sizes:
+            check_blocks(self)
+        elif (self.network == "hidden") != (self.hidden > 0):
             raise RecipeError("planner.hidden: network 'hidden' reads as many numbers a position; others read none.")
         if self.shortlist < 0 or (self.shortlist and self.distribution != "categorical"):
             raise RecipeError(f"planner.shortlist: {self.shortlist} must be 0, or above it with categorical choices.")
@@ -98,6 +105,16 @@ class PlannerSpec:
         """Whether the planner takes tokens back."""
         return self.distribution == "remasking"
 
+    @property
+    def sizes(self) -> bool:
+        """Whether the planner chooses lengths of blocks, and no positions."""
+        return self.distribution == "blocks"
+
+    @property
+    def heads_out(self) -> tuple[int, ...]:
+        """The numbers that a head of the network's own has a logit for."""
+        return self.counts if self.distribution == "count" else self.lengths if self.sizes else ()
+
     @staticmethod
     def of(values: Mapping[str, Any]) -> PlannerSpec:
         """Return the spec of a recipe's `planner` section or of a file; other keys are not read.
@@ -106,7 +123,10 @@ class PlannerSpec:
         """
         known = {field.name: values[field.name] for field in fields(PlannerSpec) if field.name in values}
         if known.get("features", ()) is None:
-            known["features"] = FEATURES + (STANDING_FEATURES if known.get("distribution") == "remasking" else ())
+            kind = known.get("distribution")
+            known["features"] = FEATURES + (STANDING_FEATURES if kind == "remasking" else ())
+            if kind == "blocks":
+                known["features"] = tuple(name for name in FEATURES if name not in INSIDE)
         lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
         return PlannerSpec(**(known | lists))
 
@@ -125,15 +145,17 @@ class Planner:
         candidate_BL: Tensor,
         standing_BL: Tensor | None = None,
         *,
+        past_BMD: Tensor | None = None,
         temperature: float | Tensor = 1.0,
     ) -> Distribution:
         """Return the distribution over `candidate_BL`; `temperature` (a number, or one a row `[B, 1]`) divides logits.
 
-        `standing_BL` are the tokens that a planner with distribution `remasking` may take back. Rollout, loss and
-        evaluation all use this one: what is trained is what was sampled.
+        `standing_BL` are the tokens that a planner with distribution `remasking` may take back, `past_BMD` the states
+        of the last blocks that one with distribution `blocks` reads. Rollout, loss and evaluation all use this one:
+        what is trained is what was sampled.
         """
         spec = self.spec
-        logit_BL, count_BC = self.network(feature_BLF)
+        logit_BL, count_BC = self.network(feature_BLF) if past_BMD is None else self.network(feature_BLF, past_BMD)
         if spec.remasks:
             assert standing_BL is not None, "a planner that takes tokens back is told which"
             logit_BL = logit_BL + (spec.back_bias - spec.bias) * standing_BL
@@ -143,7 +165,7 @@ class Planner:
         )
 
     def of_logits(self, logit_BL: Tensor, candidate_BL: Tensor, count_BC: Tensor | None = None) -> Distribution:
-        """Return the spec's distribution of given logits, for planners that open positions alone."""
+        """Return the spec's distribution of given logits, for planners that take nothing back."""
         spec = self.spec
         if spec.distribution == "bernoulli":
             return Bernoulli(logit_BL, candidate_BL, spec.fallback)
@@ -152,6 +174,8 @@ class Planner:
         if spec.distribution == "categorical":
             return Categorical(logit_BL, candidate_BL)
         assert count_BC is not None, "a planner that counts has a head for it"
+        if spec.sizes:
+            return ends(logit_BL, candidate_BL, count_BC, spec.lengths)
         return Count(logit_BL, candidate_BL, count_BC, spec.counts)
 
     def save(self, directory: str | Path, **notes: Any) -> Path:
@@ -166,7 +190,7 @@ class Planner:
 
 def new_planner(spec: PlannerSpec, *, seed: int = 0, fingerprint: str = "") -> Planner:
     """Return an untrained planner; one that counts begins slowly."""
-    counts = len(spec.counts) if spec.distribution == "count" else 0
+    counts = len(spec.heads_out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sizes = {"width": spec.width, "heads": spec.heads, "mlp": spec.mlp}
@@ -178,7 +202,12 @@ def new_planner(spec: PlannerSpec, *, seed: int = 0, fingerprint: str = "") -> P
         else:
             everywhere = spec.distribution == "remasking"
             network = Transformer(spec.features, time=spec.time, everywhere=everywhere, **sizes, **start)
-        if counts:
+        if spec.sizes:
+            # From equal chances: which of the lengths is the slow, sure one depends on what happens inside.
+            network.get_parameter("count.bias").data.zero_()
+            if spec.past:
+                network = Pooled(network, past=spec.past, hidden=spec.hidden, lengths=counts)
+        elif counts:
             # Slow at first, as a negative bias makes independent positions: each doubling is e times less likely. From
             # equal chances the slow, sure numbers would die out before their small advantage is learnt.
             network.get_parameter("count.bias").data.copy_(-torch.tensor(spec.counts).log2())

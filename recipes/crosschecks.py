@@ -251,6 +251,9 @@ def step_limit(sampler: SamplerSection, canvas: int) -> int:
     reopens = built.remasking is not None and not traits_of(built.remasking).drops
     if reopens or built.editing is not None or built.length is not None:
         return built.steps_allowed(canvas)
+    if traits_of(built.schedule).plans:
+        # Lengths of blocks are drawn: no more is known than that a step decides a position.
+        return min(canvas, built.steps_allowed(canvas))
     canvas_BL, steps = torch.full((1, canvas), -1), 0
     while bool((canvas_BL < 0).any()):
         state = State.of(canvas_BL, -1, step=steps)

@@ -33,9 +33,10 @@ class PlannerSection(Section):
     network: Literal["transformer", "linear", "hidden"] = Field(
         "transformer", description="one adaLN block; linear: a baseline; hidden: UPO's head on hidden states"
     )
-    distribution: Literal["bernoulli", "plackett_luce", "count", "categorical", "remasking"] = Field(
+    distribution: Literal["bernoulli", "plackett_luce", "count", "categorical", "remasking", "blocks"] = Field(
         "bernoulli",
-        description="each position by itself; in order with a stop; a number first; one a step; with remasking",
+        description="each position by itself; in order with a stop; a number first; one a step; with remasking; "
+        "blocks: no positions, but where each block ends (schedule planned)",
     )
     fallback: Literal["sampled", "argmax", "none"] = Field(
         "sampled", description="bernoulli: what an empty draw opens; none: nothing, which costs a call"
@@ -49,6 +50,8 @@ class PlannerSection(Section):
     bias: float = Field(-2.0, description="logit of every position before training")
     budget: Int = Field(4, ge=1, description="remasking: most tokens taken back a step, always fewer than it opens")
     back_bias: float = Field(-6.0, description="remasking: logit of taking a token back before training")
+    lengths: list[Int] = Field([4, 8, 16, 32], min_length=1, description="blocks: lengths that a block may have")
+    past: Int = Field(4, ge=0, description="blocks: of so many last blocks the pooled hidden states are read; 0: none")
     speed: Annotated[Part, InSlot("speed")] = Field(
         {"name": "multiplicative"}, description="reward of a correct answer by its calls"
     )

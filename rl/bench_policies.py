@@ -24,6 +24,7 @@ from .targets import evaluation_worker, open_target
 
 # Trade-offs at which the rows' rewards are compared.
 ALPHAS = (0.0, 0.3, 1.0, 3.0)
+DRAWN = 0  # in the place of a block length, where a planner draws them
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Grid:
     """What is compared: block lengths (the canvas: no blocks) times the knobs of each heuristic, and the planners.
 
     A planner is a path and decodes in the `planner_blocks` at every one of `alphas`, its logits divided by
-    `temperature`.
+    `temperature`. One that chooses lengths has no other blocks; inside them it keeps to the target's own score and
+    selection where those are of such a recipe, else to a threshold.
     """
 
     blocks: tuple[int, ...]
@@ -83,13 +85,17 @@ def bench_policies(
     `best` marks the trade-offs at which it is the best of the constants, that is of all that are no planners.
     """
     recipe, denoiser = open_target(target, overrides)
-    taking = {p for p in grid.planners if load_planner(p, fingerprint=fingerprint_of(denoiser)).spec.remasks}
+    known = fingerprint_of(denoiser)
+    specs = {f"planner {path}": load_planner(path, fingerprint=known).spec for path in grid.planners}
     rows = heldout_rows(SLOTS["task"].build(recipe.task)("heldout", seed=recipe.run.seed), problems)
     worker = evaluation_worker(_without_planner(recipe), denoiser, rewards_of(recipe))
     found = []
     for wanted in grid.rows(recipe.rollout.canvas):
-        if wanted["kind"].removeprefix("planner ") in taking:
+        spec = specs.get(wanted["kind"])
+        if spec is not None and spec.remasks:
             wanted["sampler"]["remasking"] = "planned"
+        if spec is not None and spec.sizes:
+            wanted["block"], wanted["sampler"] = DRAWN, _of_lengths(recipe, wanted["sampler"]["score"])
         sampler = build_sampler(load_recipe_sampler(_without_planner(recipe), wanted["sampler"]), temperature=0.0)
         kept: list[RolloutBatch] = []
         result = evaluate(replace(worker, sampler=sampler), rows, keep=kept)
@@ -110,6 +116,13 @@ def bench_policies(
     about = {"target": target, "task": recipe.task, "canvas": recipe.rollout.canvas, "n": len(rows)}
     made = manifest(device=denoiser.device, dtype=recipe.model.dtype, seeds={"run": recipe.run.seed})
     return {**about, "temperature": grid.temperature, "rows": found, "manifest": made}
+
+
+def _of_lengths(recipe: Recipe, knobs: dict[str, Any]) -> dict[str, Any]:
+    """Return the section of a sampler that asks a planner, with the `knobs` of score planner, for lengths of blocks."""
+    sampler = recipe.rollout.sampler
+    own = {"score": sampler.score, "selection": sampler.selection} if sampler.schedule["name"] == "planned" else {}
+    return {"selection": "threshold", **own, "schedule": {**knobs, "name": "planned"}}
 
 
 def _without_planner(recipe: Recipe) -> Recipe:
@@ -169,7 +182,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for (kind, block), rows in curves.items():
         rows = sorted(rows, key=lambda row: row["nfe"])
         learned = kind.startswith("planner")
-        place = "no blocks" if block >= result["canvas"] else f"blocks of {block}"
+        place = "no blocks" if block >= result["canvas"] else "drawn blocks" if block == DRAWN else f"blocks of {block}"
         axes.errorbar(
             [row["nfe"] for row in rows],
             [row["exact"] for row in rows],

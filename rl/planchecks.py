@@ -25,6 +25,8 @@ def check_choices(planning: Planning) -> None:
     experts, group = planning.experts, planning.group
     if experts >= group:
         raise RecipeError(f"planner.expert.levels: {experts} of {group} rollouts leave the planner none.")
+    if planning.levels and spec.sizes:
+        raise RecipeError("planner.expert: a threshold chooses positions, this planner lengths of blocks; drop expert.")
     if planning.levels and spec.distribution == "count":
         raise RecipeError("planner.expert: a threshold opens numbers that `count` may not have; use bernoulli.")
     if spec.shortlist and planning.block is not None:

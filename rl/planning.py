@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from ..policies.planner import Planner, fingerprint_of
 from ..recipes.registry import RecipeError
 from ..rollouts.noise import uniform
-from ..rollouts.planned import Acting, Expert, check_remasking
-from ..rollouts.planned import planner as planner_score
+from ..rollouts.planned import Acting, Expert, asks, check_remasking
 from ..rollouts.sampler import Sampler
 from ..rollouts.state import State
 from ..rollouts.traits import bare, knobs_of
@@ -136,24 +135,26 @@ class Planning:
         return self.warmup > 0 and self.labels == "final"
 
     def acting(self, sampler: Sampler) -> Sampler:
-        """Return a training sampler: the planner in its score, told each group's trade-off; what it saw is recorded."""
+        """Return a training sampler: the planner in its part, told each group's trade-off; what it saw is recorded."""
         single = self.planner.spec.distribution == "categorical"
         expert = Expert(partial(_level, self), self.block, single) if self.levels else None
         # The same one in the loss: a policy that acts at one temperature and is scored at another is not that policy.
-        self.temperature = knobs_of(sampler.score).get("temperature", 1.0)
-        if not sampler.plans or knobs_of(sampler.selection).get("decide", "sample") != "sample":
+        told, slot = ("schedule", "schedule") if self.planner.spec.sizes else ("score", "selection")
+        self.temperature = knobs_of(getattr(sampler, told)).get("temperature", 1.0)
+        if not sampler.plans or knobs_of(getattr(sampler, slot)).get("decide", "sample") != "sample":
             raise RecipeError(
-                "rollout.sampler.selection: a planner learns from what it draws; use planned, decide: sample."
+                f"rollout.sampler.{slot}: a planner learns from what it draws; use planned, decide: sample."
             )
         check_remasking(sampler, self.planner.spec)
         act = Acting(self.planner, lambda state: self.alphas(state.rollout_id_A, state.step), expert)
         return replace(bound(sampler, act), keeps_features=True)
 
     def evaluating(self, sampler: Sampler) -> Sampler:
-        """Return an evaluation sampler: the planner in its score where that names none, told the score's own alpha."""
-        if bare(sampler.score) is not planner_score or knobs_of(sampler.score).get("path") is not None:
+        """Return an evaluation sampler: the planner in the part that asks for one and names no file, told its alpha."""
+        slot = asks(sampler)
+        if slot is None or knobs_of(getattr(sampler, slot)).get("path") is not None:
             return sampler
-        alpha = knobs_of(sampler.score).get("alpha", 1.0)
+        alpha = knobs_of(getattr(sampler, slot)).get("alpha", 1.0)
         act = Acting(self.planner, lambda state: torch.full_like(state.committed_AL[:, 0], alpha))
         return bound(sampler, act)
 
@@ -306,9 +307,10 @@ def _mixed(logprob_N: Tensor, share: float) -> Tensor:
 
 
 def bound(sampler: Sampler, act: Acting) -> Sampler:
-    """Return a sampler whose score asks this planner; RecipeError where its score asks none."""
-    score = sampler.score
-    if bare(score) is not planner_score:
-        raise RecipeError("rollout.sampler.score: a run that trains a planner rolls out with it; use score planner.")
-    kept = {name: value for name, value in knobs_of(score).items() if name not in ("path", "acting")}
-    return replace(sampler, score=partial(planner_score, acting=act, **kept))
+    """Return a sampler whose score, or schedule, asks this planner; RecipeError where it asks none of its kind."""
+    slot, name = ("schedule", "planned") if act.planner.spec.sizes else ("score", "planner")
+    if asks(sampler) != slot:
+        raise RecipeError(f"rollout.sampler.{slot}: a run that trains a planner rolls out with it; use {slot} {name}.")
+    part = getattr(sampler, slot)
+    kept = {name: value for name, value in knobs_of(part).items() if name not in ("path", "acting")}
+    return replace(sampler, **{slot: partial(bare(part), acting=act, **kept)})  # type: ignore[arg-type]

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..policies.planner import FILE, Planner, PlannerSpec, fingerprint_of, load_planner, new_planner
+from ..recipes.planning import PlannerSection
 from ..recipes.registry import SLOTS, RecipeError
 from ..recipes.schema import Recipe
+from ..recipes.sections import SamplerSection
 from ..rollouts.planned import WITH, WITHOUT
 from . import orders, speed  # noqa: F401 (importing registers the parts)
 from .crediting import by_step
@@ -24,8 +26,7 @@ def build_planning(recipe: Recipe, denoiser: Any) -> Planning | None:
         return None
     fingerprint, seed = fingerprint_of(denoiser), recipe.run.seed
     if section.path is None:
-        hidden = denoiser.base.config.hidden_size if section.network == "hidden" else 0
-        values = section.model_dump() | {"hidden": hidden}
+        values = section.model_dump() | {"hidden": _hidden(section, denoiser.base.config.hidden_size)}
         planner = new_planner(PlannerSpec.of(values), seed=seed, fingerprint=fingerprint)
     else:
         read = load_planner(section.path, fingerprint=fingerprint)
@@ -69,12 +70,14 @@ def planner_notes(recipe: Recipe) -> dict[str, Any]:
 
 
 def with_planner(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe of a run with the planner of its `folder` in every score that names none."""
+    """Return the recipe of a run with the planner of its `folder` in every score and schedule that name none."""
     if not (folder / "planner" / FILE).is_file():
         return recipe
     for sampler in (recipe.rollout.sampler, recipe.evaluation.sampler):
-        if sampler is not None and sampler.score["name"] == "planner" and sampler.score.get("path") is None:
-            sampler.score = {**sampler.score, "path": str(folder / "planner")}
+        for slot, name in () if sampler is None else (("score", "planner"), ("schedule", "planned")):
+            part = getattr(sampler, slot)
+            if part["name"] == name and part.get("path") is None:
+                setattr(sampler, slot, {**part, "path": str(folder / "planner")})
     return recipe
 
 
@@ -91,12 +94,10 @@ def check_planning(recipe: Recipe) -> None:
         )
     _check_denoiser(recipe)
     sampler = recipe.rollout.sampler
-    if sampler.score["name"] != "planner" or sampler.selection["name"] != "planned":
-        raise RecipeError("rollout.sampler: a planner acts by score planner with selection planned; name both.")
-    if sampler.selection.get("decide", "sample") != "sample":
-        raise RecipeError("rollout.sampler.selection: a planner learns from what it draws; set decide to sample.")
     # A planner and a group that cannot be are refused before weights are read.
-    values = section.model_dump() | {"hidden": int(section.network == "hidden")}
+    values = section.model_dump() | {"hidden": _hidden(section, 1)}
+    if _sizes(section, sampler):
+        values |= {"distribution": "blocks", "hidden": int(section.past > 0)}
     fake = new_planner(PlannerSpec.of(json.loads(json.dumps(values))))
     taking = sampler.remasking is not None and sampler.remasking["name"] == "planned"
     if section.path is None and fake.spec.remasks != taking:
@@ -115,6 +116,22 @@ def check_planning(recipe: Recipe) -> None:
         labels="choices" if expert is None else expert.labels,
         steering="none" if expert is None else expert.steering,
     )
+
+
+def _sizes(section: PlannerSection, sampler: SamplerSection) -> bool:
+    """Return whether a planner chooses lengths of blocks; RecipeError where the sampler does not draw what it says."""
+    sizes = section.distribution == "blocks" if section.path is None else sampler.schedule["name"] == "planned"
+    parts = {"schedule": "planned"} if sizes else {"score": "planner", "selection": "planned"}
+    if any(getattr(sampler, slot)["name"] != name for slot, name in parts.items()):
+        named = " with ".join(f"{slot} {name}" for slot, name in parts.items())
+        raise RecipeError(
+            f"rollout.sampler: a planner of {'lengths' if sizes else 'positions'} acts by {named}; name that, or "
+            f"another planner.distribution ({'blocks chooses' if sizes else 'only blocks chooses'} lengths)."
+        )
+    slot = list(parts)[-1]
+    if getattr(sampler, slot).get("decide", "sample") != "sample":
+        raise RecipeError(f"rollout.sampler.{slot}: a planner learns from what it draws; set decide to sample.")
+    return sizes
 
 
 def _check_denoiser(recipe: Recipe) -> None:
@@ -138,6 +155,12 @@ def _check_denoiser(recipe: Recipe) -> None:
         raise RecipeError(
             f"planner.lr: {recipe.planner.lr:g}, but nothing else is trained: its learning rate is optim.lr; drop it."
         )
+
+
+def _hidden(section: PlannerSection, width: int) -> int:
+    """Return the width of the hidden states that a new planner reads of a denoiser with states of `width`; 0: none."""
+    pools = section.distribution == "blocks" and section.past > 0
+    return width if pools or section.network == "hidden" else 0
 
 
 def _range(alpha: float | tuple[float, float]) -> tuple[float, float]:

@@ -35,8 +35,14 @@ def step_scores(planning: Planning, plan: StepPlan, part: slice) -> tuple[Tensor
         decided_NL = trajectory.canvas_before(row_N, step_N) != trajectory.mask_token_id
         chosen_NL = chosen_NL | trajectory.taken_at(row_N, step_N)
         candidate_NL, standing_NL = candidate_NL & ~decided_NL, candidate_NL & decided_NL
+    past_NMD = None
+    if spec.sizes:
+        assert trajectory.end_BS is not None
+        place_L = torch.arange(trajectory.canvas, device=candidate_NL.device)
+        chosen_NL = place_L + 1 == trajectory.end_BS[row_N, step_N][:, None]
+        past_NMD = None if trajectory.past_BSMD is None else trajectory.past_BSMD[row_N, step_N].float()
     distribution = planning.planner.distribution(
-        feature_NLF, candidate_NL, standing_NL, temperature=planning.temperature
+        feature_NLF, candidate_NL, standing_NL, past_BMD=past_NMD, temperature=planning.temperature
     )
     logprob_N, entropy_N = (measure(chosen_NL, rank_NL) for measure in (distribution.log_prob, distribution.entropy))
     if plan.label_NL.shape[1]:

@@ -19,6 +19,7 @@ from .planned import note_plan
 from .ranking import rank
 from .revisions import commit
 from .sampler import Sampler
+from .schedules import narrowed
 from .shadow import check_shadow
 from .state import Record, State
 from .trajectory import Trajectory
@@ -212,6 +213,8 @@ class _Run:
         quota = quota._replace(window_BL=window_AL, count_B=count_A)
         state.window_AL, state.quota = window_AL, quota
         rows, flat_K, state.statistics = self._measure(state, live_A)
+        quota = state.quota = narrowed(sampler.schedule, state, live_A & ~last_A)
+        window_AL = state.window_AL = quota.window_BL
         if self.drafts:
             note_draft(self.record, state, self.alive_A, live_A)
         score_AL = sampler.scores(state)

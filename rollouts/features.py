@@ -14,6 +14,9 @@ SEEN, STAYED = (
     "planner_seen",
     "planner_stayed",
 )  # in the state's memory: likeliest tokens of the last step, for how long
+# In the state's memory: what is kept of the last blocks, the newest last; sums over the tokens that the present one has
+# decided, hidden states and entropies, and their number.
+PAST, DECIDED = "block_past", "block_decided"
 NEEDS = ("second", "entropy")
 
 
@@ -33,7 +36,7 @@ def observe(
     statistics, masked_AL = state.statistics, state.masked_AL
     assert statistics is not None and statistics.second is not None and statistics.entropy is not None
     assert state.window_AL is not None
-    stayed_AL = _stayed(state)
+    stayed_AL = _stayed(state) if "persistence" in names else torch.zeros_like(statistics.best)
     length = masked_AL.shape[1]
     place_L = torch.arange(length, device=masked_AL.device)
     first_A1 = torch.where(masked_AL, place_L, length).amin(dim=1, keepdim=True)
@@ -63,13 +66,13 @@ def observe(
         found["current"] = torch.where(standing_AL, log_odds_AL.clamp(-CLIP, CLIP) / 4, 0.0)
         found["standing"] = standing_AL
     feature_ALF = torch.stack([found[name].half() for name in names], dim=2)
-    return torch.cat([feature_ALF, _states(state, hidden)], dim=2) if hidden else feature_ALF
+    return torch.cat([feature_ALF, states(state, hidden)], dim=2) if hidden else feature_ALF
 
 
-def _states(state: State, width: int) -> Tensor:
-    """Return `hidden_ALD` in fp16; RecipeError where the denoiser has no states of that width."""
+def states(state: State, width: int) -> Tensor:
+    """Return `hidden_ALD` in fp16, 0 where nothing was measured; RecipeError where it has no states of that width."""
     if state.hidden is None:
-        raise RecipeError("planner.network: 'hidden' reads hidden states, and this denoiser gives logits alone.")
+        raise RecipeError("planner: reads hidden states, and this denoiser gives logits alone.")
     hidden_KD, flat_K = state.hidden
     if hidden_KD.shape[1] != width:
         raise RecipeError(f"planner: reads hidden states of width {width}, this denoiser's have {hidden_KD.shape[1]}.")
@@ -89,3 +92,32 @@ def _stayed(state: State) -> Tensor:
     stayed_AL = torch.where((before_AL == best_AL) & state.masked_AL, stayed_AL + 1, 0)
     memory[SEEN], memory[STAYED] = torch.where(state.masked_AL, best_AL, -1), stayed_AL
     return stayed_AL
+
+
+def past_blocks(state: State, begins_A1: Tensor, blocks: int, width: int) -> Tensor:
+    """Return `past_AMD` in fp16, of each of the last M = `blocks` blocks the mean hidden state and the mean entropy.
+
+    As h/(1 + h) and behind the state; the newest block last, zeros where there was none. The block that has just ended
+    joins them in rows where one begins (`begins_A1`). CtrlDiff pools the hidden states of finished blocks (arXiv
+    2505.14455, eq. 11). A rollout has states where it asks for logits, that is at masks: here each token has the state
+    and the entropy of the step that decided it.
+    """
+    memory, rows = state.memory, len(begins_A1)
+    decided_AD = memory.get(DECIDED, begins_A1.new_zeros(rows, width + 2, dtype=torch.float32))
+    past_AMD = memory.get(PAST, begins_A1.new_zeros(rows, blocks, width + 1, dtype=torch.float16))
+    mean_AD = decided_AD[:, :-1] / decided_AD[:, -1:].clamp(min=1)
+    mean_AD[:, -1] /= 1 + mean_AD[:, -1]
+    ended_A1 = begins_A1 & (decided_AD[:, -1:] > 0)
+    longer_AMD = torch.cat([past_AMD[:, 1:], mean_AD[:, None].half()], dim=1)
+    past_AMD = torch.where(ended_A1[..., None], longer_AMD, past_AMD)
+    memory[PAST], memory[DECIDED] = past_AMD, torch.where(ended_A1, 0.0, decided_AD)
+    return past_AMD
+
+
+def keep_decided(state: State, width: int, chosen_AL: Tensor) -> None:
+    """Add hidden states (`width` numbers) and entropies of the positions that a step decides to the block's sums."""
+    assert state.statistics is not None and state.statistics.entropy is not None
+    hidden_AD = (states(state, width) * chosen_AL[..., None]).sum(dim=1, dtype=torch.float32)
+    entropy_A1 = torch.where(chosen_AL, state.statistics.entropy, 0.0).sum(dim=1, keepdim=True)
+    added = [hidden_AD, entropy_A1.float(), chosen_AL.sum(dim=1, keepdim=True)]
+    state.memory[DECIDED] = state.memory[DECIDED] + torch.cat(added, dim=1)

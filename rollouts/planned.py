@@ -14,7 +14,7 @@ from torch import Tensor
 from ..policies.planner import Planner, PlannerSpec, fingerprint_of, load_planner
 from ..policies.planner_distributions import Distribution, Draw, Noise
 from ..recipes.registry import SLOTS, RecipeError
-from .features import NEEDS, observe
+from .features import NEEDS, keep_decided, observe
 from .measures import Statistics
 from .ranking import best, rank
 from .schedules import Quota, first_block
@@ -22,6 +22,8 @@ from .state import Record, State
 from .traits import bare, knobs_of, traits
 
 WITHOUT = "a planner with distribution remasking takes tokens back; set sampler.remasking to planned."
+LENGTHS = "this planner chooses lengths of blocks; use schedule planned, and score confidence, for one."
+POSITIONS = "this planner chooses positions; use score planner with selection planned, and a schedule of blocks."
 WITH = "this planner takes no tokens back; drop sampler.remasking, or train one with distribution remasking."
 
 
@@ -66,7 +68,8 @@ class Planned:
     """A step of a planner: what it saw and could open, its distribution, and the draw once there is one.
 
     `standing_AL` are the tokens that a planner that takes some back may take; what it draws of them is no part of the
-    selection but of remasking `planned`.
+    selection but of remasking `planned`. Of one that draws where blocks end, `end_A` are the ends (0: no block begins)
+    and `past_AMD` what it saw of the blocks before.
     """
 
     feature_ALF: Tensor
@@ -75,6 +78,8 @@ class Planned:
     acting: Acting
     standing_AL: Tensor | None = None
     draw: Draw | None = None
+    end_A: Tensor | None = None
+    past_AMD: Tensor | None = None
 
 
 @SLOTS["score"].register
@@ -96,14 +101,11 @@ def planner(
     the policy is told: higher is faster, where it was trained on several. `temperature` divides its logits. Selection
     `planned` draws from it; others take its score for a confidence.
     """
-    if not temperature > 0:
-        raise RecipeError(f"score.temperature: {temperature} must be above 0; for certain choices use decide: mode.")
-    if alpha < 0:
-        raise RecipeError(f"score.alpha: {alpha} must be at least 0.")
-    if acting is None:
-        acting = Acting(_opened(path, state.canvas_AL.device), lambda s: torch.full_like(s.committed_AL[:, 0], alpha))
+    check_knobs("score", alpha, temperature)
+    acting = acting_of("score", state, acting, path, alpha)
     assert state.window_AL is not None
     network, spec = acting.planner, acting.planner.spec
+    check_kind("score", spec)
     standing_AL = _standing(state) if spec.remasks else None
     feature_ALF = observe(state, spec.features, acting.alpha(state), standing_AL, hidden=spec.hidden)
     candidate_AL = state.window_AL
@@ -123,10 +125,32 @@ def _standing(state: State) -> Tensor:
     return state.stood_AL if region_AL is None else state.stood_AL & region_AL
 
 
+def check_knobs(slot: str, alpha: float, temperature: float) -> None:
+    """Raise RecipeError for knobs that no planner has a use for."""
+    if not temperature > 0:
+        raise RecipeError(f"{slot}.temperature: {temperature} must be above 0; for certain choices use decide: mode.")
+    if alpha < 0:
+        raise RecipeError(f"{slot}.alpha: {alpha} must be at least 0.")
+
+
+def check_kind(slot: str, spec: PlannerSpec) -> None:
+    """Raise RecipeError where a planner of positions is asked for lengths, or the other way round."""
+    if spec.sizes != (slot == "schedule"):
+        raise RecipeError(f"sampler.{slot}: {LENGTHS if spec.sizes else POSITIONS}")
+
+
+def acting_of(slot: str, state: State, acting: Acting | None, path: str | None, alpha: float) -> Acting:
+    """Return what a trainer gives, else the planner of a file, told one trade-off."""
+    if acting is not None:
+        return acting
+    return Acting(_opened(slot, path, state.canvas_AL.device), lambda s: torch.full_like(s.committed_AL[:, 0], alpha))
+
+
 @cache
-def _opened(path: str | None, device: torch.device) -> Planner:
+def _opened(slot: str, path: str | None, device: torch.device) -> Planner:
     if path is None:
-        raise RecipeError("score.path: score 'planner' needs a trained planner's folder, or that of its run.")
+        name = "planned" if slot == "schedule" else "planner"
+        raise RecipeError(f"{slot}.path: {slot} '{name}' needs a trained planner's folder, or that of its run.")
     found = load_planner(path)
     found.network.to(device)
     return found
@@ -145,16 +169,18 @@ def _draw(state: State, decide: str) -> Draw:
     if step is None:
         raise RecipeError("selection: 'planned' draws what a planner decides; use score planner with it.")
     if step.draw is None:
-        if decide == "mode":
-            step.draw = step.distribution.mode()
-        else:
-            row_A = state.uniform("planner_row")[:, 0]
-            step.draw = step.distribution.sample(
-                Noise(state.uniform("planner_unit"), state.uniform("planner_order"), row_A)
-            )
+        step.draw = drawn(step.distribution, state, decide)
         if step.acting.expert is not None:
             step.draw = step.acting.expert.takes_over(state, step.draw)
     return step.draw
+
+
+def drawn(distribution: Distribution, state: State, decide: str) -> Draw:
+    """Return a draw with the step's own noise, or the likeliest outcome (`decide` mode)."""
+    if decide == "mode":
+        return distribution.mode()
+    row_A = state.uniform("planner_row")[:, 0]
+    return distribution.sample(Noise(state.uniform("planner_unit"), state.uniform("planner_order"), row_A))
 
 
 def _keys(score_BL: Tensor, state: State, *, decide: str = "sample") -> Tensor:
@@ -173,11 +199,19 @@ def note_plan(record: Record, state: State, scored: Any, alive_A: Tensor, acts_A
         # What is taken back is chosen too: the canvas says which candidate would be opened and which taken back.
         chosen_AL = chosen_AL | (step.draw.chosen_BL & step.standing_AL)
         candidate_AL = candidate_AL | step.standing_AL
+    if step.end_A is not None and step.draw is not None:
+        # Where the block ends is chosen, and nothing else of the step.
+        if step.past_AMD is not None:
+            keep_decided(state, step.acting.planner.spec.hidden, chosen_AL)
+        chosen_AL = step.draw.chosen_BL
+        record.note(alive_A, "ends", torch.where(acts_A, step.end_A, 0))
     logprob_A = step.distribution.log_prob(chosen_AL, scored.rank_AL)
     record.note(alive_A, "choice_logprobs", torch.where(acts_A, logprob_A, 0.0))
     if keeps:
         record.note(alive_A, "features", step.feature_ALF)
         record.note(alive_A, "candidates", candidate_AL & acts_A[:, None])
+        if step.past_AMD is not None:
+            record.note(alive_A, "pasts", step.past_AMD)
 
 
 def empty_plans(state: State) -> Tensor:
@@ -188,14 +222,24 @@ def empty_plans(state: State) -> Tensor:
     return ~step.draw.chosen_BL.any(dim=1)
 
 
+def asks(sampler: Any) -> str | None:
+    """Return the slot of the part that asks a planner: `schedule` for lengths, `score` for positions; None for none."""
+    if bare(sampler.schedule) is SLOTS["schedule"].get("planned"):
+        return "schedule"
+    return "score" if bare(sampler.score) is planner else None
+
+
 def check_planner(sampler: Any, denoiser: Any) -> None:
     """Warn where a sampler's planner was trained with another denoiser; RecipeError where its file is none."""
-    knobs = knobs_of(sampler.score)
-    if bare(sampler.score) is planner and knobs.get("acting") is None:
+    slot = asks(sampler)
+    knobs = {} if slot is None else knobs_of(getattr(sampler, slot))
+    if slot is not None and knobs.get("acting") is None:
         if knobs.get("path") is None:
-            _opened(None, torch.device("cpu"))
+            _opened(slot, None, torch.device("cpu"))
         known = fingerprint_of(denoiser) if hasattr(denoiser, "base") else None
-        check_remasking(sampler, load_planner(Path(knobs["path"]), fingerprint=known).spec)
+        spec = load_planner(Path(knobs["path"]), fingerprint=known).spec
+        check_kind(slot, spec)
+        check_remasking(sampler, spec)
 
 
 def check_remasking(sampler: Any, spec: PlannerSpec) -> None:

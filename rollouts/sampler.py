@@ -15,6 +15,7 @@ from . import (  # noqa: F401 (importing registers the parts)
     lengths,
     paces,
     planned,
+    planned_blocks,
     remasking,
     rules,
     schedules,
@@ -88,8 +89,8 @@ class Sampler:
 
     @property
     def plans(self) -> bool:
-        """Whether a planner draws the positions; their log-probability is recorded, and is the planner's alone."""
-        return traits_of(self.selection).plans
+        """Whether a planner draws positions or lengths of blocks; their log-probability is recorded, and its alone."""
+        return traits_of(self.selection).plans or traits_of(self.schedule).plans
 
     @property
     def revises(self) -> bool:
@@ -303,11 +304,17 @@ def _check_parts(sampler: Sampler) -> None:
         raise RecipeError("sampler.length: a canvas that changes its length takes no tokens back; drop one of the two.")
     if sampler.length is not None and sampler.cache is not None:
         raise RecipeError("sampler.cache: no cache follows a canvas that changes its length; drop one of the two.")
-    if sampler.length is not None and any(traits.open for traits in sampler.traits):
+    if sampler.length is not None and any(traits.open or traits.plans for traits in sampler.traits):
         raise RecipeError("sampler.length: a planner follows no canvas that changes its length; drop one of the two.")
-    if sampler.plans and bare(sampler.score) is not planned.planner:
+    draws = traits_of(sampler.selection).plans
+    if traits_of(sampler.schedule).plans and (draws or bare(sampler.score) is planned.planner):
+        raise RecipeError(
+            "sampler.schedule: 'planned' asks a planner for lengths, and a sampler has one planner; use score "
+            "confidence with selection threshold, for one."
+        )
+    if draws and bare(sampler.score) is not planned.planner:
         raise RecipeError("sampler.selection: 'planned' draws what a planner decides; use score planner with it.")
-    if bare(sampler.remasking) is remasking.planned and (not sampler.plans or sampler.editing is not None):
+    if bare(sampler.remasking) is remasking.planned and (not draws or sampler.editing is not None):
         raise RecipeError(
             "sampler.remasking: 'planned' is half of what selection planned draws; use both, and no editing."
         )

@@ -1,19 +1,22 @@
 """Schedules: which masked positions are open to a step, and how many of them it commits.
 
 A schedule sees which positions are masked, the step and how many were open at the start; one that declares `state` gets
-the `State` too (None where a recorded canvas is replayed and nothing else of it is known).
+the `State` too (None where a recorded canvas is replayed and nothing else of it is known). With an attribute `narrows`
+(state, quota, acts_A, knobs -> Quota) a schedule has a second word once the step is measured, in the rows that may act.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..recipes.registry import SLOTS, RecipeError
 from .state import State
+from .traits import bare, knobs_of
 
 schedule = SLOTS["schedule"]
 
@@ -28,6 +31,13 @@ class Quota(NamedTuple):
     window_BL: Tensor
     count_B: Tensor
     region_BL: Tensor | None = None
+
+
+def narrowed(part: Callable[..., Any], state: State, acts_A: Tensor) -> Quota:
+    """Return the quota of a measured step: what the schedule `part` narrows it to in rows `acts_A`, if it does."""
+    assert state.quota is not None
+    rule = getattr(bare(part), "narrows", None)
+    return state.quota if rule is None else rule(state, state.quota, acts_A, **knobs_of(part))
 
 
 @schedule.register

@@ -113,6 +113,8 @@ class Record:
     choice_logprobs: list[Tensor] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
     candidates: list[Tensor] = field(default_factory=list)
+    ends: list[Tensor] = field(default_factory=list)
+    pasts: list[Tensor] = field(default_factory=list)
     retracted: list[tuple[Tensor, ...]] = field(default_factory=list)
     settled: list[tuple[Tensor, ...]] = field(default_factory=list)
     lengths: list[Tensor] = field(default_factory=list)
@@ -244,9 +246,9 @@ class Record:
         return torch.stack(steps, dim=1) if steps else self.logprob_BL[:, :0]
 
     def seen(self) -> dict[str, Tensor]:
-        """Return what a planner saw and could choose from, where it was kept."""
-        names = {"features_BSLF": "features", "candidate_BSL": "candidates"} if self.features else {}
-        return {field: self.by_step(name) for field, name in names.items()}
+        """Return the ends of blocks that a planner chose, and what it saw and could choose from where it was kept."""
+        names = {"features_BSLF": "features", "candidate_BSL": "candidates", "end_BS": "ends", "past_BSMD": "pasts"}
+        return {field: self.by_step(name) for field, name in names.items() if getattr(self, name)}
 
     def note(self, alive_A: Tensor, name: str, value_A: Tensor) -> None:
         """Add a step's table of the rows `alive_A` to one of the lists, 0 in the others."""

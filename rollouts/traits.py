@@ -20,11 +20,11 @@ class Traits:
     `needs`: optional fields of Statistics; `status`: one of STATUSES; `learns`: why it is not exact, for the user.
     `canvas`: statistics of decided tokens are wanted too, with `local` those of the schedule's region alone; `shadow`:
     they are those of a column that does not see the token (`rollouts.shadow`). `open`: statistics of every mask, also
-    outside the window; `everywhere`: of every position that exists. `plans`: a selection that draws from a planner's
-    distribution, which is recorded as an action of its own. `whole`: a transform that looks at all logits of a step
-    before it changes any; `group`: rollouts of a group are not independent. `drops`: a remasking that discards what was
-    drawn in the same step. `history`: decides with noise or memory that only the rollout has, so that a trainer cannot
-    rebuild it.
+    outside the window; `everywhere`: of every position that exists. `plans`: a selection or schedule that draws from a
+    planner's distribution, which is recorded as an action of its own. `whole`: a transform that looks at all logits of
+    a step before it changes any; `group`: rollouts of a group are not independent. `drops`: a remasking that discards
+    what was drawn in the same step. `history`: decides with noise or memory that only the rollout has, so that a
+    trainer cannot rebuild it.
     """
 
     needs: frozenset[str] = frozenset()

@@ -12,7 +12,7 @@ from torch import Tensor
 PAD, SAMPLED, GIVEN, EDITED, HINT = 0, 1, 2, 3, 4
 NEVER = -1
 DRAFTS = ("draft_BSL", "draft_logprob_BSL", "draft_window_BSL")
-BY_STEP = ("choice_logprob_BS", "length_BS", "features_BSLF", "candidate_BSL", *DRAFTS)
+BY_STEP = ("choice_logprob_BS", "length_BS", "features_BSLF", "candidate_BSL", "end_BS", "past_BSMD", *DRAFTS)
 
 
 class Lifetimes(NamedTuple):
@@ -88,7 +88,9 @@ class Trajectory:
 
     Where a planner is trained, `features_BSLF` is what it saw at each step (fp16) and `candidate_BSL` what it could
     choose from, nothing at a step that was not its own: its update calls no denoiser. Candidates that the step saw
-    decided are those that it could take back.
+    decided are those that it could take back. Where it chooses the lengths of blocks, `end_BS` (int16) is the end of
+    the block that begins at a step, behind its last position, 0 where none does; `candidate_BSL` are last positions it
+    could have, and `past_BSMD` (fp16) is what the planner saw of the M blocks before.
     """
 
     prompt_BQ: Tensor
@@ -114,6 +116,8 @@ class Trajectory:
     draft_window_BSL: Tensor | None = None
     features_BSLF: Tensor | None = None
     candidate_BSL: Tensor | None = None
+    end_BS: Tensor | None = None
+    past_BSMD: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens_BL.shape[0]
