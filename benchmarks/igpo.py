@@ -103,7 +103,7 @@ def keep(runs: list[dict[str, Any]], base: dict[str, Any], arguments: argparse.N
     """Write what has been run so far, and return its table."""
     rows = table(runs, base)
     result = {"recipe": RECIPE, "common": COMMON, "arms": ARMS, "base": base, "rows": rows, "runs": runs}
-    save("igpo", result, arguments.json, seeds={"first": 0, "count": arguments.seeds})
+    save("igpo", result, arguments.json, seeds={"first": arguments.first, "count": arguments.seeds})
     return rows
 
 
@@ -112,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="first seed: shares of the work that several machines do")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--problems", type=int, default=256)
     parser.add_argument("--json", type=Path, default=RESULTS / "igpo.json")
@@ -123,7 +124,7 @@ def main() -> None:
     if arguments.json.is_file():
         found = json.loads(arguments.json.read_text())["result"]
         runs, base = found["runs"], found["base"]
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first, arguments.first + arguments.seeds):
         if str(seed) not in base:
             with tempfile.TemporaryDirectory() as name:
                 words = [*COMMON, f"run.seed={seed}", *arguments.overrides, "--problems", str(arguments.problems)]
