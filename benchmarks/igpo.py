@@ -94,7 +94,8 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         windows = [mean[max(0, i - 3) : i + 1] for i in range(len(mean))]
         axes[place].plot([sum(window) / len(window) for window in windows], label=f"{arm}: {label}")
     for ax in axes:
-        ax.set(xlabel="batch", ylabel="share (mean of four batches)", ylim=(0, 1))
+        ax.set(xlabel="batch", ylabel="share (mean of four batches)", ylim=(0, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
