@@ -146,7 +146,8 @@ def line_of(row: dict[str, Any]) -> str:
     """Return a row as one line under `HEADER`."""
     exact, nfe = f"{row['exact']:.3f} ± {row['stderr']:.3f}", f"{row['nfe']:.2f} ± {row['nfe_stderr']:.2f}"
     rewards = "  ".join(f"{value:.3f}" for value in row["reward"].values())
-    return f"{row['kind'][-34:]:34} {row['block']:5} {row['knob']:6g} {exact:>15} {nfe:>14}  {rewards}"
+    kind = row["kind"] if len(row["kind"]) <= 34 else "…" + row["kind"][-33:]
+    return f"{kind:34} {row['block']:5} {row['knob']:6g} {exact:>15} {nfe:>14}  {rewards}"
 
 
 def best_lines(result: dict[str, Any]) -> list[str]:
