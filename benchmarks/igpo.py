@@ -16,14 +16,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, mean_and_error, save
-from learning import unmask
+from common import RESULTS, mean_and_error, save, side_by_side, side_by_side_arguments, unmask
 
 RECIPE = "igpo_tiny_arithmetic"
 ROLLOUTS = 64  # of a batch, as the recipe has it
 COMMON = ["run.log_rollouts_every=0"]
 SHARES = ("zero_share", "exact", "failed_before", "failed_after", "first_exact")
 ARMS: dict[str, list[str]] = {"igpo": [], "grpo": ["exploration.hints=null"]}
+
+
+def before(seed: int, problems: int, overrides: list[str]) -> dict[str, Any]:
+    """Return the held-out result that both arms of a seed start from."""
+    with tempfile.TemporaryDirectory() as name:
+        words = [*COMMON, f"run.seed={seed}", *overrides, "--problems", str(problems)]
+        return unmask(Path(name), "evaluate", RECIPE, *words)
 
 
 def run(arm: str, seed: int, steps: int, problems: int, overrides: list[str]) -> dict[str, Any]:
@@ -110,34 +116,16 @@ def keep(runs: list[dict[str, Any]], base: dict[str, Any], arguments: argparse.N
 
 def main() -> None:
     """Run what is missing, print the table, write results and plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first", type=int, default=0, help="first seed: shares of the work that several machines do")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--problems", type=int, default=256)
-    parser.add_argument("--json", type=Path, default=RESULTS / "igpo.json")
+    parser = side_by_side_arguments(__doc__, "igpo", tuple(ARMS), called="arms", steps=40)
     parser.add_argument("--plot", type=Path, default=RESULTS / "igpo.png")
-    parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
-    runs: list[dict[str, Any]] = []
-    base: dict[str, Any] = {}
-    if arguments.json.is_file():
-        found = json.loads(arguments.json.read_text())["result"]
-        runs, base = found["runs"], found["base"]
-    for seed in range(arguments.first, arguments.first + arguments.seeds):
-        if str(seed) not in base:
-            with tempfile.TemporaryDirectory() as name:
-                words = [*COMMON, f"run.seed={seed}", *arguments.overrides, "--problems", str(arguments.problems)]
-                base[str(seed)] = unmask(Path(name), "evaluate", RECIPE, *words)
-        done = {(entry["arm"], entry["seed"], entry["steps"]) for entry in runs}
-        for arm in arguments.arms:
-            if (arm, seed, arguments.steps) in done:
-                continue
-            runs.append(run(arm, seed, arguments.steps, arguments.problems, arguments.overrides))
-            rates = f"{base[str(seed)]['exact']:.3f} -> {runs[-1]['after']:.3f}"
-            print(f"{arm} seed {seed}: {rates} in {runs[-1]['wall_s']:.0f} s", flush=True)
-            keep(runs, base, arguments)
+    runs, base = side_by_side(
+        arguments,
+        key="arm",
+        run=lambda arm, seed: run(arm, seed, arguments.steps, arguments.problems, arguments.overrides),
+        keep=lambda runs, base: keep(runs, base, arguments),
+        before=lambda seed: before(seed, arguments.problems, arguments.overrides),
+    )
     for arm, row in keep(runs, base, arguments).items():
         gain, idle = row["gain"], row["zero_share"]
         print(

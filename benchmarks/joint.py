@@ -11,15 +11,12 @@ stopped.
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, mean_and_error, save
+from common import mean_and_error, save, side_by_side, side_by_side_arguments, unmask
 
 from unmask.rl.bench_policies import Grid, bench_policies
 
@@ -45,14 +42,10 @@ ARMS: dict[str, list[str]] = {
 def run(arm: str, seed: int, steps: int, problems: int, overrides: list[str]) -> dict[str, Any]:
     """Train once in a process of its own and return what the metrics say, and how the result decodes."""
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "summary.json"
-        command = [sys.executable, "-m", "unmask.rl.cli", "train", RECIPE, *COMMON, *overrides]
-        command += [*ARMS[arm], f"run.seed={seed}"]
-        command += [f"optim.steps={steps}", f"run.directory={folder}", "--json", str(output)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        words = [*COMMON, *overrides, *ARMS[arm], f"run.seed={seed}", f"optim.steps={steps}", f"run.directory={folder}"]
+        wall_s = unmask(Path(folder), "train", RECIPE, *words)["wall_s"]
         trained = Path(folder) / RECIPE
         records = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
-        wall_s = json.loads(output.read_text())["wall_s"]
         rows = decoded(arm, str(trained), problems)
     batches = [record for record in records if "rollout/nfe" in record]
     return {
@@ -149,26 +142,19 @@ def show(runs: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run what is missing, print the table, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--problems", type=int, default=256)
-    parser.add_argument("--json", type=Path, default=RESULTS / "joint.json")
-    parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
-    runs: list[dict[str, Any]] = []
-    if arguments.json.is_file():
-        runs = json.loads(arguments.json.read_text())["result"]["runs"]
-    for seed in range(arguments.seeds):
-        for arm in arguments.arms:
-            if any((entry["arm"], entry["seed"], entry["steps"]) == (arm, seed, arguments.steps) for entry in runs):
-                continue
-            runs.append(run(arm, seed, arguments.steps, arguments.problems, arguments.overrides))
-            print(f"{arm} seed {seed}: trained in {runs[-1]['wall_s']:.0f} s", flush=True)
-            result = {"runs": runs, "rows": table(runs), "compared": compared(runs), "problems": arguments.problems}
-            result |= {"common": COMMON, "arms": ARMS, "overrides": arguments.overrides}
-            save("joint", result, arguments.json, seeds={"first": 0, "count": arguments.seeds})
+    arguments = side_by_side_arguments(__doc__, "joint", tuple(ARMS), called="arms", steps=40).parse_args()
+
+    def keep(runs: list[dict[str, Any]], base: dict[str, Any]) -> None:
+        result = {"runs": runs, "rows": table(runs), "compared": compared(runs), "problems": arguments.problems}
+        result |= {"common": COMMON, "arms": ARMS, "overrides": arguments.overrides}
+        save("joint", result, arguments.json, seeds={"first": arguments.first, "count": arguments.seeds})
+
+    runs, _ = side_by_side(
+        arguments,
+        key="arm",
+        run=lambda arm, seed: run(arm, seed, arguments.steps, arguments.problems, arguments.overrides),
+        keep=keep,
+    )
     show(runs)
     print(f"wrote {arguments.json}")
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, mean_and_error, save
+from common import RESULTS, mean_and_error, save, side_by_side, side_by_side_arguments, unmask
 
 BUDGET: dict[str, str] = {
     "cj_grpo": "{name: trace, steps: uniform_k, k: 3}",
@@ -32,14 +30,6 @@ BUDGET: dict[str, str] = {
     "bgpo": "{name: random_mask, draws: 3}",
 }
 COMMON = ["rollout.prompts=8", "rollout.group=8", "run.log_rollouts_every=0"]
-
-
-def unmask(folder: Path, *words: str) -> dict[str, Any]:
-    """Run a command of unmask in a process of its own and return its JSON."""
-    output = folder / "answer.json"
-    command = [sys.executable, "-m", "unmask.rl.cli", *words, "--json", str(output)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(output.read_text())
 
 
 def before(seed: int, problems: int, overrides: list[str]) -> dict[str, Any]:
@@ -122,32 +112,16 @@ def keep(runs: list[dict[str, Any]], base: dict[str, Any], arguments: argparse.N
 
 def main() -> None:
     """Run what is missing, print the table, write results and plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(BUDGET), choices=list(BUDGET))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first", type=int, default=0, help="first seed: shares of the work that several machines do")
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--problems", type=int, default=256)
-    parser.add_argument("--json", type=Path, default=RESULTS / "learning.json")
+    parser = side_by_side_arguments(__doc__, "learning", tuple(BUDGET), called="methods", steps=16)
     parser.add_argument("--plot", type=Path, default=RESULTS / "learning.png")
-    parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
-    runs: list[dict[str, Any]] = []
-    base: dict[str, Any] = {}
-    if arguments.json.is_file():
-        found = json.loads(arguments.json.read_text())["result"]
-        runs, base = found["runs"], found["base"]
-    for seed in range(arguments.first, arguments.first + arguments.seeds):
-        if str(seed) not in base:
-            base[str(seed)] = before(seed, arguments.problems, arguments.overrides)
-        done = {(entry["method"], entry["seed"], entry["steps"]) for entry in runs}
-        for method in arguments.methods:
-            if (method, seed, arguments.steps) in done:
-                continue
-            runs.append(run(method, seed, arguments.steps, arguments.problems, arguments.overrides))
-            rates = f"{base[str(seed)]['exact']:.3f} -> {runs[-1]['after']:.3f}"
-            print(f"{method} seed {seed}: {rates} in {runs[-1]['wall_s']:.0f} s", flush=True)
-            keep(runs, base, arguments)
+    runs, base = side_by_side(
+        arguments,
+        key="method",
+        run=lambda method, seed: run(method, seed, arguments.steps, arguments.problems, arguments.overrides),
+        keep=lambda runs, base: keep(runs, base, arguments),
+        before=lambda seed: before(seed, arguments.problems, arguments.overrides),
+    )
     rows = keep(runs, base, arguments)
     for method, row in rows.items():
         gain = row["gain"]

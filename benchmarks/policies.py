@@ -12,13 +12,11 @@ measured again.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, mean_and_error, save
-from learning import unmask
+from common import RESULTS, by_folder, held, mean_and_error, save, trained
 
 from unmask.rl.bench_policies import ALPHAS, Grid, bench_policies, plot
 
@@ -42,42 +40,30 @@ SETTINGS: dict[str, tuple[list[str], int]] = {
 ONLY_PLANNERS = Grid(blocks=(), alphas=TOLD)
 
 
-def train(folder: Path, name: str, seed: int, steps: int, words: list[str]) -> str:
-    """Return the run's folder, trained unless it is there."""
-    if not (folder / name / "summary.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        knobs = [f"name={name}", f"run.seed={seed}", f"optim.steps={steps}", f"run.directory={folder}"]
-        unmask(folder, "train", RECIPE, *COMMON, *words, *knobs)
-    return str(folder / name)
-
-
 class Table:
     """The result file: rows by setting, each measured once."""
 
-    def __init__(self, path: Path | None, problems: int, overrides: list[str]) -> None:
-        self.path, self.problems, self.overrides = path, problems, overrides
-        self.settings: dict[str, dict[str, Any]] = {}
-        if path is not None and path.is_file():
-            self.settings = json.loads(path.read_text())["result"]["settings"]
+    def __init__(self, path: Path, problems: int, seeds: int, overrides: list[str]) -> None:
+        self.path, self.problems, self.seeds, self.overrides = path, problems, seeds, overrides
+        self.settings: dict[str, dict[str, Any]] = held(path).get("settings", {})
+        self.summary: dict[str, Any] = {}
 
     def measure(self, setting: str, words: list[str], part: str, grid: Grid) -> None:
-        """Add a grid's rows to a setting unless its part is there; planners go by their folders' names."""
-        held = self.settings.setdefault(setting, {"parts": [], "rows": []})
-        if part in held["parts"]:
+        """Add a grid's rows to a setting unless its part is there."""
+        have = self.settings.setdefault(setting, {"parts": [], "rows": []})
+        if part in have["parts"]:
             return
         words = [*words, *self.overrides]
         found = bench_policies(RECIPE, grid, problems=self.problems, overrides=words, progress=print)
-        held |= {name: found[name] for name in ("target", "task", "canvas", "n")}
-        held["parts"].append(part)
-        held["rows"] += [
-            row | {"kind": " ".join(Path(w).name for w in row["kind"].split(" ", 1))} for row in found["rows"]
-        ]
-        self.save({})
+        have |= {name: found[name] for name in ("target", "task", "canvas", "n")}
+        have["parts"].append(part)
+        have["rows"] += by_folder(found["rows"])
+        self.save()
 
-    def save(self, summary: dict[str, Any]) -> Path:
+    def save(self) -> Path:
         """Write what there is."""
-        result = {"settings": self.settings, "common": COMMON + self.overrides, **summary}
-        return save("policies", result, self.path, seeds={"first": 0, "count": 3})
+        result = {"settings": self.settings, "common": COMMON + self.overrides, **self.summary}
+        return save("policies", result, self.path, seeds={"first": 0, "count": self.seeds})
 
 
 def compared(rows: list[dict[str, Any]], task: str, block: int, *, whole: bool) -> dict[str, Any]:
@@ -130,10 +116,15 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=RESULTS / "policies", help="the pictures' names, without task")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
-    table = Table(arguments.json, arguments.problems, arguments.overrides)
-    folder, steps, summary, firsts = arguments.folder, arguments.steps, {}, []
+    table = Table(arguments.json, arguments.problems, arguments.seeds, arguments.overrides)
+    summary, firsts = table.summary, []
+
+    def train(name: str, seed: int, words: list[str]) -> str:
+        knobs = [f"run.seed={seed}", f"optim.steps={arguments.steps}"]
+        return str(trained(arguments.folder, RECIPE, name, *COMMON, *words, *knobs))
+
     for task, (words, canvas, size) in TASKS.items():
-        runs = [train(folder, f"{task}_{seed}", seed, steps, words) for seed in range(arguments.seeds)]
+        runs = [train(f"{task}_{seed}", seed, words) for seed in range(arguments.seeds)]
         firsts.append(runs[0])
         for block in (canvas, size):
             table.measure(task, words, f"heuristics {block}", Grid(blocks=(block,), levels=LEVELS))
@@ -142,8 +133,8 @@ def main() -> None:
                 table.measure(task, words, f"{Path(run).name} {block}", grid)
             place = task if block == canvas else f"{task}, blocks of {block}"
             summary[place] = compared(table.settings[task]["rows"], task, block, whole=block == canvas)
-            table.save(summary)
-    firsts.append(train(folder, "blocks_16", 0, steps, [BLOCKS_16]))
+            table.save()
+    firsts.append(train("blocks_16", 0, [BLOCKS_16]))
     for setting, (words, block) in SETTINGS.items():
         if f"heuristics {block}" not in table.settings.get(setting, {}).get("parts", ()):
             threshold = Grid(blocks=(block,), levels=LEVELS, per_step=(), factors=(), nats=(), random=())
@@ -152,15 +143,12 @@ def main() -> None:
             grid = replace(ONLY_PLANNERS, planners=(run,), planner_blocks=(block,))
             table.measure(setting, words, f"{Path(run).name} {block}", grid)
     show(summary)
-    print(f"wrote {table.save(summary)}")
+    print(f"wrote {table.save()}")
     for task in TASKS:
-        held = table.settings[task]
-        rows = [
-            row
-            for row in held["rows"]
-            if not row["kind"].startswith("planner") or row["kind"] in seeds_of(held["rows"], task)
-        ]
-        plot({**held, "rows": rows}, arguments.plot.with_name(f"{arguments.plot.name}_{task}.png"))
+        whole = table.settings[task]
+        own = seeds_of(whole["rows"], task)
+        rows = [row for row in whole["rows"] if not row["kind"].startswith("planner") or row["kind"] in own]
+        plot({**whole, "rows": rows}, arguments.plot.with_name(f"{arguments.plot.name}_{task}.png"))
 
 
 def show(summary: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """UPO on 4x4 sudoku with the shipped model: learned orders of one position a step against max-confidence and random.
 
-python benchmarks/upo.py [--seeds 3] [--steps 60] [--problems 1024] [--folder DIR] [--json FILE] [KEY.PATH=VALUE ...]
+python benchmarks/upo.py [--seeds 3] [--steps 60] [--problems 512] [--folder DIR] [--json FILE] [KEY.PATH=VALUE ...]
 
 The recipe `upo_sudoku` with batches of 64 rollouts, a planner a seed, the denoiser frozen. All orders decode the same
 held-out problems greedily, one position a step; a planner nearly always takes its likeliest one (logits divided by
@@ -15,24 +15,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, mean_and_error, save
-from learning import unmask
+from common import RESULTS, by_folder, mean_and_error, save, trained
 
 from unmask.rl.bench_policies import Grid, bench_policies
 
 RECIPE, CANVAS = "upo_sudoku", 44
 COMMON = [f"rollout.canvas={CANVAS}", "rollout.prompts=8", "objective.inner_steps=2", "optim.lr=1.0e-3"]
 COMMON += ["optim.schedule=cosine", "evaluation.problems=8"]
-
-
-def train(folder: Path, seed: int, steps: int, overrides: list[str]) -> Path:
-    """Return the run's folder, trained unless it is there."""
-    name = f"seed_{seed}"
-    if not (folder / name / "summary.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        words = [*COMMON, f"name={name}", f"run.seed={seed}", f"optim.steps={steps}", f"run.directory={folder}"]
-        unmask(folder, "train", RECIPE, *words, *overrides)
-    return folder / name
 
 
 def curve(run: Path) -> list[float]:
@@ -60,12 +49,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--problems", type=int, default=1024)
+    parser.add_argument("--problems", type=int, default=512)
     parser.add_argument("--folder", type=Path, default=Path("runs/upo_sudoku_seeds"))
     parser.add_argument("--json", type=Path, default=RESULTS / "upo.json")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
-    runs = [train(arguments.folder, seed, arguments.steps, arguments.overrides) for seed in range(arguments.seeds)]
+    words = [*COMMON, f"optim.steps={arguments.steps}", *arguments.overrides]
+    runs = [
+        trained(arguments.folder, RECIPE, f"seed_{seed}", f"run.seed={seed}", *words) for seed in range(arguments.seeds)
+    ]
     grid = Grid(
         blocks=(CANVAS,),
         levels=(),
@@ -79,14 +71,13 @@ def main() -> None:
     )
     overrides = [f"rollout.canvas={CANVAS}", *arguments.overrides]
     found = bench_policies(RECIPE, grid, problems=arguments.problems, overrides=overrides, progress=print)
-    for row in found["rows"]:
-        row["kind"] = " ".join(Path(word).name for word in row["kind"].split(" ", 1))
+    rows = by_folder(found["rows"])
     result = {
         **{name: found[name] for name in ("task", "canvas", "n", "temperature")},
         "steps": arguments.steps,
         "common": COMMON + arguments.overrides,
-        "rows": found["rows"],
-        "compared": compared(found["rows"]),
+        "rows": rows,
+        "compared": compared(rows),
         "curves": [curve(run) for run in runs],
     }
     for kind, row in result["compared"].items():

@@ -211,17 +211,17 @@ def _attend(block: Any, normed_BLW: Tensor) -> Tensor:
 
 def _attend_open(block: Any, normed_KW: Tensor, decided_BW: Tensor, asked: _Open) -> Tensor:
     """Return what the open positions attend to `[K, W]`, `decided_BW` being at all others of their row."""
-    rows, width = decided_BW.shape
+    heads, width = (block.heads, -1), decided_BW.shape[1]
 
     def canvas(matrix: nn.Module) -> Tensor:
-        others = matrix(decided_BW)[:, None].expand(-1, asked.length, -1).flatten(0, 1)
-        return others.index_copy(0, asked.flat_K, matrix(normed_KW)).view(rows, asked.length, block.heads, -1)
+        whole_BLW = matrix(decided_BW)[:, None].expand(-1, asked.length, -1)
+        given = whole_BLW.flatten(0, 1).index_copy(0, asked.flat_K, matrix(normed_KW))
+        return given.view(whole_BLW.shape).unflatten(-1, heads).transpose(1, 2)
 
     query = normed_KW.new_zeros(asked.place_BQ.numel(), width).index_copy(0, asked.query_K, block.query(normed_KW))
-    query = query.view(rows, -1, block.heads, width // block.heads)
-    query = _rotate(query.transpose(1, 2), asked.place_BQ[:, None])
-    key = _rotate(canvas(block.key).transpose(1, 2), torch.arange(asked.length, device=normed_KW.device))
-    found = scaled_dot_product_attention(query, key, canvas(block.value).transpose(1, 2))
+    query = query.view(*asked.place_BQ.shape, width).unflatten(-1, heads).transpose(1, 2)
+    key = _rotate(canvas(block.key), torch.arange(asked.length, device=normed_KW.device))
+    found = scaled_dot_product_attention(_rotate(query, asked.place_BQ[:, None]), key, canvas(block.value))
     return found.transpose(1, 2).reshape(-1, width).index_select(0, asked.query_K)
 
 

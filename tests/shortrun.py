@@ -23,10 +23,11 @@ from torch import Tensor
 
 from unmask.policies.denoiser import Denoiser
 from unmask.policies.loading import new_denoiser
+from unmask.policies.planner import Planner, load_planner, new_planner
 from unmask.recipes.loading import dump_recipe, load_recipe
 from unmask.recipes.registry import SLOTS
 from unmask.recipes.schema import Recipe
-from unmask.rl import cli
+from unmask.rl import cli, run
 from unmask.rl.trainer import UnmaskTrainer
 
 HERE = Path(__file__).parent
@@ -92,6 +93,24 @@ def decided_denoiser() -> Denoiser:
         for layer in made.model.model.layers:
             layer.self_attn.o_proj.weight.mul_(20)
     return made
+
+
+def planner_run(recipe: Recipe, *, resume: int) -> tuple[Path, list[dict[str, Any]], Planner]:
+    """Train a planner, and once more from checkpoint `resume`: it has learned, both end alike, and so does evaluation.
+
+    Returns the run's folder, its records of updates, and the planner.
+    """
+    folder = Path(run.train(recipe)["folder"])
+    planner, records = load_planner(folder), [record for record in lines(folder / "metrics.jsonl") if "loss" in record]
+    state = planner.network.state_dict()
+    start = new_planner(planner.spec, seed=recipe.run.seed).network.state_dict()
+    assert any(not torch.equal(value, start[name]) for name, value in state.items())
+    again = run.train(recipe, resume=folder / f"checkpoint-{resume}")
+    same = load_file(Path(again["folder"]) / "planner" / "planner.safetensors")
+    for name, value in state.items():
+        assert torch.equal(value, same[name]), name
+    assert run.evaluate(str(folder))["nfe"] == pytest.approx(again["after"]["nfe"])
+    return folder, records, planner
 
 
 def save_model(folder: Path) -> Path:

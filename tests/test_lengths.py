@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import shortrun
 import torch
 from torch import Tensor
 
 from unmask.policies.denoiser import Denoiser
-from unmask.policies.loading import new_denoiser
 from unmask.recipes.registry import SLOTS, RecipeError
 from unmask.rl.estimators import trace
 from unmask.rl.replay import replay_all
@@ -54,12 +54,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def denoiser() -> Denoiser:
-    made = new_denoiser(hidden_size=32, layers=2, heads=2, mlp=64, seed=1)
-    with torch.no_grad():
-        made.model.lm_head.weight.mul_(20)
-        for layer in made.model.model.layers:
-            layer.self_attn.o_proj.weight.mul_(20)
-    return made
+    return shortrun.decided_denoiser()
 
 
 def sampler_of(length: object, *, temperature: float = 0.9, **more: object) -> Sampler:

@@ -193,6 +193,9 @@ def test_a_cpu_leaves_out_what_is_decided() -> None:
     others = dict(counting.named_parameters())
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(parameter.grad, others[name].grad, msg=name)
+    # Finished rows alone, which static shapes keep for a while, and no rows, as on a rank that waits for others.
+    assert torch.equal(network(features[2:]).logit_BL, torch.zeros(1, 5, dtype=torch.float64))
+    assert network(features[3:]).logit_BL.shape == (0, 5)
 
 
 def reference(network: torch.nn.Module, feature_LF: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,11 @@ import itertools
 from dataclasses import dataclass, field, replace
 
 import pytest
+import shortrun
 import torch
 from torch import Tensor
 
 from unmask.policies.denoiser import Denoiser
-from unmask.policies.loading import new_denoiser
 from unmask.recipes.registry import SLOTS, RecipeError
 from unmask.rollouts.categorical import log_probs
 from unmask.rollouts.engine import denoise
@@ -88,12 +88,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def model() -> Denoiser:
-    denoiser = new_denoiser(hidden_size=32, layers=2, heads=2, mlp=64, seed=1)
-    with torch.no_grad():
-        denoiser.model.lm_head.weight.mul_(20)  # the initialisation alone is nearly uniform
-        for layer in denoiser.model.model.layers:
-            layer.self_attn.o_proj.weight.mul_(20)
-    return denoiser
+    return shortrun.decided_denoiser()
 
 
 def prompts(rows: int = ROWS) -> tuple[Tensor, Tensor]:

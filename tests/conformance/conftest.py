@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import shortrun
 import yaml
 
 from unmask.policies.denoiser import Denoiser
-from unmask.policies.loading import new_denoiser
 from unmask.recipes.loading import import_parts, load_samplers
 from unmask.recipes.registry import SLOTS
 
@@ -73,9 +72,4 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def denoiser() -> Denoiser:
     """Two layers, random, loud enough that distributions differ; ties and confident tokens both occur."""
-    made = new_denoiser(hidden_size=32, layers=2, heads=2, mlp=64, seed=1)
-    with torch.no_grad():
-        made.model.lm_head.weight.mul_(20)
-        for layer in made.model.model.layers:
-            layer.self_attn.o_proj.weight.mul_(20)
-    return made
+    return shortrun.decided_denoiser()
