@@ -1,17 +1,18 @@
 """Learned unmasking policies on the shipped model against heuristics, and what they do elsewhere than in training.
 
-python benchmarks/policies.py [--seeds 3] [--steps 100] [--problems 512] [--folder DIR] [--json FILE] [--plot STEM]
+python benchmarks/policies.py [--seeds 3] [--problems 512] [--folder DIR] [--json FILE] [--plot STEM]
 
-The recipe `unmask_policy_tiny` (the denoiser frozen, no blocks) on chains of operations and on sudoku, a planner a
-seed; each is told five trade-offs. All decode the same held-out problems greedily, heuristics and planners in blocks
-and without them. For the table of transfers one more planner is trained in blocks of 16, and the first of each kind is
-used in every setting. Runs that `--folder` holds are not trained again, and rows that the result file holds are not
-measured again.
+The recipe `unmask_policy_tiny` (the denoiser frozen) on chains of operations, on the same in blocks of 32, and on
+sudoku: a planner a seed, each told five trade-offs. All decode the same held-out problems greedily, heuristics and
+planners with and without blocks. The first planner of each kind is used in the places of the others besides, and on
+longer chains: the table of transfers. Runs that `--folder` holds are not trained again, and rows that the result file
+holds are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,27 @@ from unmask.rl.bench_policies import ALPHAS, Grid, bench_policies, plot
 
 RECIPE = "unmask_policy_tiny"
 TOLD = (0.1, 0.3, 1.0, 3.0, 10.0)
+ELSEWHERE = (0.1, 1.0, 10.0)  # what planners are told away from home
 LEVELS = (0.5, 0.7, 0.9, 0.97)
+HIGH_LEVELS = (0.99, 0.999, 0.9999)
 COMMON = ["evaluation.problems=64"]
-BLOCKS_16 = "rollout.sampler.schedule={name: blocks, size: 16, per_step: 1}"
+BLOCKS_32 = ["rollout.sampler.schedule={name: blocks, size: 32, per_step: 1}"]
 # In blocks, thresholds solve hardly a sudoku: the expert that is imitated at first has none there.
 SUDOKU = ["task={name: sudoku, clues: [6, 12]}", "rewards=[{name: sudoku, weight: 1.0}]", "rollout.canvas=48"]
-SUDOKU += ["planner.expert={levels: [0.6, 0.9], warmup: 12}"]
-# What planners are trained on: words that change the recipe, the canvas, and the blocks that they are used in besides.
-TASKS: dict[str, tuple[list[str], int, int]] = {"chains": ([], 64, 32), "sudoku": (SUDOKU, 48, 16)}
-# Where the first of each, and one trained in blocks, are used: words, and the block length (the canvas: none).
-SETTINGS: dict[str, tuple[list[str], int]] = {
-    "chains": ([], 64),
-    "chains, blocks of 16": ([], 16),
-    "longer chains": (["task={name: arithmetic, operations: [8, 9]}", "rollout.canvas=80"], 80),
-    "sudoku": (SUDOKU, 48),
+LONGER = ["task={name: arithmetic, operations: [8, 9]}", "rollout.canvas=80"]
+# Where policies are used: words that change the recipe, the canvas (which stands for no blocks), blocks.
+PLACES: dict[str, tuple[list[str], tuple[int, ...]]] = {
+    "chains": ([], (64, 32)),
+    "sudoku": (SUDOKU, (48, 16)),
+    "longer chains": (LONGER, (80,)),
 }
-ONLY_PLANNERS = Grid(blocks=(), alphas=TOLD)
+# What planners are trained on: the place, the block, words besides and updates.
+KINDS: dict[str, tuple[str, int, list[str], int]] = {
+    "chains": ("chains", 64, [], 100),
+    "blocks_32": ("chains", 32, BLOCKS_32, 100),
+    "sudoku": ("sudoku", 48, [*SUDOKU, "planner.expert={levels: [0.6, 0.9], warmup: 12}"], 100),
+}
+NONE = Grid(blocks=(), per_step=(), factors=(), nats=(), random=())
 
 
 class Table:
@@ -66,37 +72,41 @@ class Table:
         return save("policies", result, self.path, seeds={"first": 0, "count": self.seeds})
 
 
-def compared(rows: list[dict[str, Any]], task: str, block: int, *, whole: bool) -> dict[str, Any]:
-    """Return the planners' means over seeds at each trade-off told, and what heuristics do at no fewer calls."""
-    heuristics = [row for row in rows if not row["kind"].startswith("planner")]
-    kinds = seeds_of(rows, task)
-    found: dict[str, Any] = {}
+def compared(rows: list[dict[str, Any]], kind: str, block: int, *, whole: bool) -> dict[str, Any]:
+    """Return the planners' means over seeds at each trade-off told, and what heuristics do at no more calls."""
+    # In blocks the rivals are those in the same ones, without blocks all.
+    rivals = [row for row in rows if "planner" not in row["kind"] and (whole or row["block"] == block)]
+    own = [row for row in rows if row["kind"].startswith(f"planner {kind}_") and row["block"] == block]
+    told: dict[str, Any] = {}
     for alpha in TOLD:
-        own = [row for row in rows if row["kind"] in kinds and (row["block"], row["knob"]) == (block, alpha)]
-        exact, nfe = (mean_and_error([row[name] for row in own]) for name in ("exact", "nfe"))
-        # Heuristics that take as many calls or fewer: in blocks those of the same ones, else all.
-        rivals = [row for row in heuristics if row["nfe"] <= nfe["mean"] and (whole or row["block"] == block)]
-        best = max(rivals, key=lambda row: row["exact"], default=None)
-        found[f"{alpha:g}"] = {"exact": exact, "nfe": nfe, "best_heuristic_no_slower": best and named(best)}
-    found["one_a_step"] = [named(row) for row in heuristics if row["kind"] == "top" and row["knob"] == 1]
-    found["best_reward"] = {
-        f"{a:g}": {
-            "heuristic": named(max(heuristics, key=lambda row: row["reward"][f"{a:g}"]), f"{a:g}"),
-            "planners": mean_and_error([best_of(rows, seed, block, f"{a:g}") for seed in kinds]),
-        }
-        for a in ALPHAS
+        at = [row for row in own if row["knob"] == alpha]
+        exact, nfe = (mean_and_error([row[name] for row in at]) for name in ("exact", "nfe"))
+        best = max((row for row in rivals if row["nfe"] <= nfe["mean"]), key=lambda row: row["exact"], default=None)
+        told[f"{alpha:g}"] = {"exact": exact, "nfe": nfe, "best_heuristic_no_slower": best and named(best)}
+        if best is not None:
+            told[f"{alpha:g}"]["gain"] = gain(at, exact, best)
+    one = [named(row) for row in rivals if row["kind"] == "top" and row["knob"] == 1]
+    return {
+        "told": told,
+        "one_a_step": one,
+        "best_reward": {f"{a:g}": best_reward(rivals, own, f"{a:g}") for a in ALPHAS},
     }
-    return found
 
 
-def seeds_of(rows: list[dict[str, Any]], task: str) -> list[str]:
-    """Return the kinds of the planners of a task, which differ in their seed alone."""
-    return list(dict.fromkeys(row["kind"] for row in rows if row["kind"].startswith(f"planner {task}_")))
+def gain(rows: list[dict[str, Any]], exact: dict[str, float], rival: dict[str, Any]) -> dict[str, float]:
+    """Return by how much planners are right more often than a rival, in a standard error of problems and of seeds."""
+    spread = exact["stderr"] if exact["n"] > 1 else 0.0
+    error = math.hypot(max(row["stderr"] for row in rows), rival["stderr"], spread)
+    return {"mean": exact["mean"] - rival["exact"], "stderr": error, "errors": (exact["mean"] - rival["exact"]) / error}
 
 
-def best_of(rows: list[dict[str, Any]], kind: str, block: int, alpha: str) -> float:
-    """Return a planner's best reward at a trade-off over what it was told."""
-    return max(row["reward"][alpha] for row in rows if row["kind"] == kind and row["block"] == block)
+def best_reward(rivals: list[dict[str, Any]], own: list[dict[str, Any]], alpha: str) -> dict[str, Any]:
+    """Return the heuristic of the most reward at a trade-off, and the planners at the best of what they were told."""
+    best: dict[str, float] = {}
+    for row in own:
+        best[row["kind"]] = max(best.get(row["kind"], 0.0), row["reward"][alpha])
+    rival = max(rivals, key=lambda row: row["reward"][alpha])
+    return {"heuristic": named(rival, alpha), "planners": mean_and_error(list(best.values()))}
 
 
 def named(row: dict[str, Any], alpha: str | None = None) -> dict[str, Any]:
@@ -109,54 +119,57 @@ def main() -> None:
     """Train and measure what is missing, print, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--problems", type=int, default=512)
     parser.add_argument("--folder", type=Path, default=Path("runs/policies"))
     parser.add_argument("--json", type=Path, default=RESULTS / "policies.json")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "policies", help="the pictures' names, without task")
+    parser.add_argument("--plot", type=Path, default=RESULTS / "policies", help="the pictures' names, without place")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     table = Table(arguments.json, arguments.problems, arguments.seeds, arguments.overrides)
-    summary, firsts = table.summary, []
-
-    def train(name: str, seed: int, words: list[str]) -> str:
-        knobs = [f"run.seed={seed}", f"optim.steps={arguments.steps}"]
-        return str(trained(arguments.folder, RECIPE, name, *COMMON, *words, *knobs))
-
-    for task, (words, canvas, size) in TASKS.items():
-        runs = [train(f"{task}_{seed}", seed, words) for seed in range(arguments.seeds)]
-        firsts.append(runs[0])
-        for block in (canvas, size):
-            table.measure(task, words, f"heuristics {block}", Grid(blocks=(block,), levels=LEVELS))
-            for run in runs:
-                grid = replace(ONLY_PLANNERS, planners=(run,), planner_blocks=(block,))
-                table.measure(task, words, f"{Path(run).name} {block}", grid)
-            place = task if block == canvas else f"{task}, blocks of {block}"
-            summary[place] = compared(table.settings[task]["rows"], task, block, whole=block == canvas)
-            table.save()
-    firsts.append(train("blocks_16", 0, [BLOCKS_16]))
-    for setting, (words, block) in SETTINGS.items():
-        if f"heuristics {block}" not in table.settings.get(setting, {}).get("parts", ()):
-            threshold = Grid(blocks=(block,), levels=LEVELS, per_step=(), factors=(), nats=(), random=())
-            table.measure(setting, words, f"thresholds {block}", threshold)
-        for run in firsts:
-            grid = replace(ONLY_PLANNERS, planners=(run,), planner_blocks=(block,))
-            table.measure(setting, words, f"{Path(run).name} {block}", grid)
-    show(summary)
+    runs = {
+        kind: [
+            trained(arguments.folder, RECIPE, f"{kind}_{seed}", *COMMON, *words, f"run.seed={seed}", f"optim.steps={n}")
+            for seed in range(arguments.seeds)
+        ]
+        for kind, (_, _, words, n) in KINDS.items()
+    }
+    for place, (words, blocks) in PLACES.items():
+        for block in blocks:
+            if place in {home for home, *_ in KINDS.values()}:
+                table.measure(place, words, f"heuristics {block}", Grid(blocks=(block,), levels=LEVELS))
+            else:
+                table.measure(place, words, f"thresholds {block}", replace(NONE, blocks=(block,), levels=LEVELS))
+            high = replace(NONE, blocks=(block,), levels=HIGH_LEVELS)
+            table.measure(place, words, f"high thresholds {block}", high)
+            for kind, own in runs.items():
+                at_home = KINDS[kind][0] == place
+                for run in own if at_home else own[:1]:
+                    grid = replace(NONE, planners=(str(run),), planner_blocks=(block,))
+                    told = replace(grid, alphas=TOLD if at_home else ELSEWHERE)
+                    table.measure(place, words, f"{run.name} {block}", told)
+    for kind, (place, *_) in KINDS.items():
+        for block in PLACES[place][1]:
+            whole = block == max(PLACES[place][1])
+            table.summary[f"{kind}, used in {block}"] = compared(
+                table.settings[place]["rows"], kind, block, whole=whole
+            )
+    show(table.summary)
     print(f"wrote {table.save()}")
-    for task in TASKS:
-        whole = table.settings[task]
-        own = seeds_of(whole["rows"], task)
-        rows = [row for row in whole["rows"] if not row["kind"].startswith("planner") or row["kind"] in own]
-        plot({**whole, "rows": rows}, arguments.plot.with_name(f"{arguments.plot.name}_{task}.png"))
+    for place in dict.fromkeys(place for place, *_ in KINDS.values()):
+        home = tuple(f"planner {kind}_" for kind, (where, *_) in KINDS.items() if where == place)
+        rows = [r for r in table.settings[place]["rows"] if r["kind"].startswith(home) or "planner" not in r["kind"]]
+        plot({**table.settings[place], "rows": rows}, arguments.plot.with_name(f"{arguments.plot.name}_{place}.png"))
 
 
 def show(summary: dict[str, Any]) -> None:
     """Print what the planners do at each trade-off beside the best heuristic that is no slower."""
     for name, part in summary.items():
-        for told in (f"{alpha:g}" for alpha in TOLD):
-            exact, nfe, rival = (part[told][key] for key in ("exact", "nfe", "best_heuristic_no_slower"))
-            other = f"{rival['kind']} {rival['knob']:g} in {rival['block']}: {rival['exact']:.3f}" if rival else "none"
+        for told, row in part["told"].items():
+            exact, nfe, rival = (row[key] for key in ("exact", "nfe", "best_heuristic_no_slower"))
+            other = "none"
+            if rival:
+                other = f"{rival['kind']} {rival['knob']:g} in {rival['block']}: {rival['exact']:.3f}"
+                other += f", gain {row['gain']['mean']:+.3f} ± {row['gain']['stderr']:.3f}"
             print(
                 f"{name}, told {told}: {exact['mean']:.3f} ± {exact['stderr']:.3f} in {nfe['mean']:.2f} calls "
                 f"(n={exact['n']} seeds); best heuristic no slower: {other}"
