@@ -15,6 +15,11 @@ class ExpertSection(Section):
     levels: list[float] = Field(min_length=1, description="thresholds in (0, 1], an expert rollout a group for each")
     block: Count | None = Field(None, description="the expert decodes in blocks of this size; null: the canvas")
     warmup: Int = Field(0, ge=0, description="batches that the expert drives alone and the planner imitates")
+    by_alpha: bool = Field(
+        False,
+        description="warmup: each rollout is told a trade-off of its own, whose threshold lies between the levels, the "
+        "first for the lowest alpha",
+    )
     labels: Literal["choices", "final"] = Field(
         "choices",
         description="imitated are the expert's choices; final: which likeliest tokens are those of the end (Learn2PD)",

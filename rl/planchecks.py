@@ -22,6 +22,10 @@ def check_choices(planning: Planning) -> None:
         raise RecipeError(
             f"planner.expert.levels: {list(planning.levels)} are compared with probabilities; use (0, 1]."
         )
+    if planning.by_alpha and (low == high or max(planning.levels, default=1.0) == 1):
+        raise RecipeError(
+            "planner.expert.by_alpha: log-odds of levels follow a range of alpha; use [low, high], and levels below 1."
+        )
     experts, group = planning.experts, planning.group
     if experts >= group:
         raise RecipeError(f"planner.expert.levels: {experts} of {group} rollouts leave the planner none.")

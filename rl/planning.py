@@ -89,7 +89,9 @@ class Planning:
     from it (UPO). In the first `warmup` batches the expert drives all and the loss is -1/E sum_e log p(u_e);
     with `labels` final, of labels that say which drafts are what the rollout ends with (Learn2PD). `alpha` [low, high]
     is drawn log-uniformly a group and told to the policy, one number for all where both are equal; with
-    `target_nfe` it follows from the rollouts by dual ascent.
+    `target_nfe` it follows from the rollouts by dual ascent. `by_alpha` makes the warm-up one in speeds: each of its
+    rollouts is told an alpha of its own, and the log-odds of its threshold lie as far between those of the `levels` as
+    log alpha in its range.
     """
 
     planner: Planner
@@ -103,6 +105,7 @@ class Planning:
     levels: tuple[float, ...] = ()
     block: int | None = None
     warmup: int = 0
+    by_alpha: bool = False
     labels: str = "choices"
     steering: str = "none"
     weight: float = 1.0
@@ -159,12 +162,26 @@ class Planning:
         return bound(sampler, act)
 
     def alphas(self, rollout_id_B: Tensor, batch: int) -> Tensor:
-        """Return the trade-off of each rollout of a batch, the same in a group."""
+        """Return the trade-off of each rollout of a batch, the same in a group but for a warm-up `by_alpha`."""
         low, high = self.alpha
         if low == high:
             return torch.full(rollout_id_B.shape, float(self.learner.price), device=rollout_id_B.device)
-        share_B = uniform(self.seed, "alpha", batch, rollout_id_B // self.group)
-        return (math.log(low) + share_B * math.log(high / low)).exp().float()
+        return (math.log(low) + self._share(rollout_id_B, batch) * math.log(high / low)).exp().float()
+
+    def thresholds(self, rollout_id_B: Tensor, batch: int) -> Tensor:
+        """Return the threshold of each rollout of a warm-up: the levels in turn in a group, or `by_alpha`."""
+        level_E = torch.tensor(self.levels, device=rollout_id_B.device)
+        if not self.by_alpha:
+            return level_E[rollout_id_B % self.group % len(level_E)]
+        place_B = self._share(rollout_id_B, batch).float() * (len(level_E) - 1)
+        below_B = place_B.long()
+        above_B = (below_B + 1).clamp(max=len(level_E) - 1)
+        return torch.lerp(level_E.logit()[below_B], level_E.logit()[above_B], place_B - below_B).sigmoid()
+
+    def _share(self, rollout_id_B: Tensor, batch: int) -> Tensor:
+        # Advantages compare the rollouts of a group at one trade-off; imitation compares none.
+        alone = self.by_alpha and 0 <= batch < self.warmup
+        return uniform(self.seed, "alpha", batch, rollout_id_B if alone else rollout_id_B // self.group)
 
     def credit(self, batch: RolloutBatch, number: int) -> Tensor:
         """Return the rewards with speed in them, and move the trade-off where calls have a target."""
@@ -291,10 +308,10 @@ class Planning:
 
 def _level(planning: Planning, state: State) -> Tensor:
     """Return the threshold of the rows that the expert drives, NaN elsewhere; an evaluation has none."""
+    if 0 <= state.step < planning.warmup:
+        return planning.thresholds(state.rollout_id_A, state.step)
     table_E = torch.tensor(planning.levels, device=state.step_A.device)
     place_A = state.rollout_id_A % planning.group
-    if 0 <= state.step < planning.warmup:
-        return table_E[place_A % len(planning.levels)]
     first = planning.group - planning.experts
     own_A = place_A < first if state.step >= 0 else torch.ones_like(place_A, dtype=torch.bool)
     return torch.where(own_A, torch.nan, table_E[(place_A - first).clamp(min=0) % len(planning.levels)])

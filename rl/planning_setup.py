@@ -33,14 +33,7 @@ def build_planning(recipe: Recipe, denoiser: Any) -> Planning | None:
         planner = Planner(read.spec, read.network, fingerprint)
     planner.network.to(denoiser.device)
     expert = section.expert
-    steering = (
-        {}
-        if expert is None
-        else {
-            "levels": tuple(expert.levels),
-            **{name: getattr(expert, name) for name in ("block", "warmup", "labels", "steering", "weight", "anneal")},
-        }
-    )
+    steering = {} if expert is None else expert.model_dump() | {"levels": tuple(expert.levels)}
     return Planning(
         planner,
         surrogate=SLOTS["surrogate"].build(recipe.objective.surrogate),
@@ -113,6 +106,7 @@ def check_planning(recipe: Recipe) -> None:
         order=None if section.order is None else SLOTS["order"].build(section.order),
         levels=() if expert is None else tuple(expert.levels),
         block=None if expert is None else expert.block,
+        by_alpha=expert is not None and expert.by_alpha,
         labels="choices" if expert is None else expert.labels,
         steering="none" if expert is None else expert.steering,
     )

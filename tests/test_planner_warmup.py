@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import shortrun
 import torch
@@ -168,6 +170,37 @@ def test_a_shortlist_holds_the_most_confident(denoiser: Denoiser) -> None:
     assert not (chosen_NL & ~candidate_NL).any()
 
 
+def test_a_warm_up_by_alpha_has_a_threshold_a_trade_off() -> None:
+    low, high, levels = 0.1, 10.0, [0.97, 0.9, 0.5]
+    planning = planning_of(levels=tuple(levels), warmup=2, by_alpha=True, alpha=(low, high))
+    id_B = torch.arange(400)
+    for batch in range(2):
+        alpha_B = planning.alphas(id_B, batch).double().numpy()
+        assert len(set(alpha_B.tolist())) == 400, "each rollout has its own"
+        place_B = np.log(alpha_B / low) / np.log(high / low)
+        odds_B = np.interp(place_B, [0, 0.5, 1], [math.log(level / (1 - level)) for level in levels])
+        found_B = planning.thresholds(id_B, batch).double().numpy()
+        np.testing.assert_allclose(found_B, 1 / (1 + np.exp(-odds_B)), atol=2e-6)
+        assert found_B.min() < 0.55 and found_B.max() > 0.965
+    plain = planning_of(levels=tuple(levels), warmup=2, alpha=(low, high))
+    for batch in (2, -1):
+        assert torch.equal(planning.alphas(id_B, batch), plain.alphas(id_B, batch)), "one a group again"
+
+
+def test_rollouts_of_a_warm_up_by_alpha_are_the_thresholds(denoiser: Denoiser) -> None:
+    planning = planning_of(levels=(0.99, 0.1), warmup=1, by_alpha=True, alpha=(0.5, 2.0))
+    made, _ = roll(denoiser, planning)
+    assert len(made.steps_B.unique()) > 1, "thresholds of several speeds"
+    level_B = planning.thresholds(torch.arange(ROWS), 0)
+    for row in range(ROWS):
+        section = {"schedule": SECTION["schedule"], "selection": {"name": "threshold", "level": level_B[row].item()}}
+        prompt_BQ = torch.full((1, 1), row // GROUP + 40)
+        canvas_BL = torch.full((1, CANVAS), denoiser.family.mask_token_id)
+        rule = build_sampler({**section, "score": "confidence"}, temperature=0.0)
+        alone = denoise(denoiser, rule, prompt_BQ, prompt_BQ > 0, canvas_BL, torch.tensor([row]), seed=7, step=0)
+        assert torch.equal(alone.born_BL[0], made.born_BL[row])
+
+
 def test_the_order_of_the_k_best_by_hand() -> None:
     odds_NL = torch.tensor([[3.0, 1.0, 2.0, 9.0], [1.0, 1.0, 0.0, 1.0]])
     candidate_NL = torch.tensor([[True, True, True, False], [True, False, False, False]])
@@ -189,6 +222,8 @@ def test_the_order_of_the_k_best_by_hand() -> None:
     [
         ({"distribution": "categorical"}, {"levels": (0.5,), "labels": "final"}, "teaches each position alone"),
         ({"distribution": "categorical", "shortlist": 3}, {"levels": (0.5,), "block": 4}, "drop expert.block"),
+        ({}, {"levels": (0.9, 0.5), "by_alpha": True}, r"use \[low, high\]"),
+        ({}, {"levels": (1.0, 0.5), "by_alpha": True, "alpha": (0.5, 2.0)}, "levels below 1"),
         ({"shortlist": 3}, {}, "categorical choices"),
         ({"network": "hidden"}, {}, "as many numbers a position"),
         ({"hidden": 8}, {}, "others read none"),
