@@ -24,6 +24,19 @@ def mean_and_error(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "stderr": math.sqrt(variance / n) if n > 1 else math.nan, "n": n}
 
 
+def paired_gain(rows: list[dict[str, Any]], rival: dict[str, Any]) -> dict[str, float]:
+    """Return by how much rows of several seeds solve more than a rival on the same problems, and in how many errors.
+
+    The error is that of the mean difference over problems (each seed's share of the mean) beside the spread over seeds.
+    """
+    gains = [sum(int(row["solved"][i]) for row in rows) / len(rows) - int(bit) for i, bit in enumerate(rival["solved"])]
+    over_problems = mean_and_error(gains)
+    over_seeds = mean_and_error([row["exact"] for row in rows])["stderr"] if len(rows) > 1 else 0.0
+    error = math.hypot(over_problems["stderr"], over_seeds)
+    mean = over_problems["mean"]
+    return {"mean": mean, "stderr": error, "errors": mean / error if error else math.nan, "n": len(gains)}
+
+
 def save(
     name: str,
     result: dict[str, Any],

@@ -81,8 +81,9 @@ def bench_policies(
 ) -> dict[str, Any]:
     """Decode the same held-out problems greedily with every policy of the grid and return one row each.
 
-    A row has exact rate and mean calls with standard errors, and at each of `ALPHAS` the mean multiplicative reward;
-    `best` marks the trade-offs at which it is the best of the constants, that is of all that are no planners.
+    A row has exact rate and mean calls with standard errors, which problems it `solved` (a 0 or 1 each, in one order
+    for all rows, to compare them in pairs), and at each of `ALPHAS` the mean multiplicative reward; `best` marks the
+    trade-offs at which it is the best of the constants, that is of all that are no planners.
     """
     recipe, denoiser = open_target(target, overrides)
     known = fingerprint_of(denoiser)
@@ -100,13 +101,14 @@ def bench_policies(
         kept: list[RolloutBatch] = []
         result = evaluate(replace(worker, sampler=sampler), rows, keep=kept)
         steps_B = torch.cat([batch.trajectory.steps_B for batch in kept]).double()
-        right_B = torch.tensor([outcome == "ok" for batch in kept for outcome in batch.rewards.outcome]).double()
+        solved = "".join("01"[outcome == "ok"] for batch in kept for outcome in batch.rewards.outcome)
+        right_B = torch.tensor([float(bit) for bit in solved], dtype=torch.float64)
         length_B = torch.full_like(steps_B, recipe.rollout.canvas)
         value = {f"{a:g}": multiplicative(right_B, steps_B, length_B, length_B * 0 + a).mean().item() for a in ALPHAS}
         found.append(
             {name: wanted[name] for name in ("kind", "block", "knob")}
             | {"exact": result.exact, "stderr": result.stderr, "nfe": result.nfe, "reward": value, "best": []}
-            | {"nfe_stderr": steps_B.std().item() / len(steps_B) ** 0.5, "seconds": result.wall_s}
+            | {"nfe_stderr": steps_B.std().item() / len(steps_B) ** 0.5, "seconds": result.wall_s, "solved": solved}
         )
         progress(line_of(found[-1]))
     for alpha in found[0]["reward"] if found else ():

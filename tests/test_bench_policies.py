@@ -38,6 +38,7 @@ def test_rows_are_what_they_are_called(model: str) -> None:
         if kind in ("top", "random"):
             assert row["nfe"] <= 32 / knob
         assert row["reward"]["0"] == pytest.approx(row["exact"])
+        assert len(row["solved"]) == 6 and row["solved"].count("1") / 6 == pytest.approx(row["exact"])
     constants = [row for row in found["rows"] if not row["kind"].startswith("planner")]
     assert sorted(alpha for row in constants for alpha in row["best"]) == sorted(f"{alpha:g}" for alpha in ALPHAS)
     for row in constants:
