@@ -2,9 +2,9 @@
 
 python benchmarks/policies.py [--seeds 3] [--problems 512] [--folder DIR] [--json FILE] [--plot STEM]
 
-The recipe `unmask_policy_tiny` (the denoiser frozen) on chains of operations, on the same in blocks of 32, and on
-sudoku: a planner a seed, each told five trade-offs. All decode the same held-out problems greedily, heuristics and
-planners with and without blocks. The first planner of each kind is used in the places of the others besides, and on
+The recipe `unmask_policy_tiny` (the denoiser frozen) on chains of operations, on the same in blocks of 32, on a canvas
+of 128, which the model was not made for, and on sudoku: a planner a seed, each told five trade-offs. All decode the
+same held-out problems greedily. The first planner of each kind is used in the places of the others besides, and on
 longer chains: the table of transfers. Runs that `--folder` holds are not trained again, and rows that the result file
 holds are not measured again.
 """
@@ -22,29 +22,35 @@ from unmask.rl.bench_policies import ALPHAS, Grid, bench_policies, plot
 
 RECIPE = "unmask_policy_tiny"
 TOLD = (0.1, 0.3, 1.0, 3.0, 10.0)
-ELSEWHERE = (0.1, 1.0, 10.0)  # what planners are told away from home
-LEVELS = (0.5, 0.7, 0.9, 0.97)
-HIGH_LEVELS = (0.99, 0.999, 0.9999)
+ELSEWHERE = (1.0,)  # what planners are told away from home
+# As far as 1 - 1e-4: in blocks of 32 thresholds that are worth anything lie above 0.97.
+LEVELS = (0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.999, 0.9999)
 COMMON = ["evaluation.problems=64"]
 BLOCKS_32 = ["rollout.sampler.schedule={name: blocks, size: 32, per_step: 1}"]
 BLOCKS_32 += ["planner.expert={levels: [0.999, 0.97], block: 32, by_alpha: true, warmup: 12}"]
 SUDOKU = ["task={name: sudoku, clues: [6, 12]}", "rewards=[{name: sudoku, weight: 1.0}]", "rollout.canvas=48"]
 # Batches of twice the size and a third of the rate: at 1e-3 the noise drives it to two calls, and to few right ones.
 SLOWER = ["planner.expert={levels: [0.97, 0.5], by_alpha: true, warmup: 30}", "rollout.prompts=16", "optim.lr=3e-4"]
+WIDE = ["rollout.canvas=128"]
 LONGER = ["task={name: arithmetic, operations: [8, 9]}", "rollout.canvas=80"]
-# Where policies are used: words that change the recipe, the canvas (which stands for no blocks), blocks.
-PLACES: dict[str, tuple[list[str], tuple[int, ...]]] = {
-    "chains": ([], (64, 32)),
-    "sudoku": (SUDOKU, (48,)),
-    "longer chains": (LONGER, (80,)),
+# Where policies are used: words that change the recipe, the canvas (which stands for no blocks) and blocks, and what
+# is tried there besides thresholds.
+USUAL = Grid(blocks=(), levels=LEVELS, per_step=(1, 4), random=(4,))
+FAST = replace(USUAL, per_step=(4,))  # one a step would be 128 calls a problem
+NONE = replace(USUAL, per_step=(), factors=(), nats=(), random=())
+PLACES: dict[str, tuple[list[str], tuple[int, ...], Grid]] = {
+    "chains": ([], (64, 32), USUAL),
+    "wide chains": (WIDE, (128,), FAST),
+    "sudoku": (SUDOKU, (48,), USUAL),
+    "longer chains": (LONGER, (80,), NONE),
 }
 # What planners are trained on: the place, the block, words besides and updates.
 KINDS: dict[str, tuple[str, int, list[str], int]] = {
     "chains": ("chains", 64, [], 100),
     "blocks_32": ("chains", 32, BLOCKS_32, 100),
+    "wide": ("wide chains", 128, [*WIDE, "planner.expert={levels: [0.999, 0.5], by_alpha: true, warmup: 12}"], 100),
     "sudoku": ("sudoku", 48, SUDOKU + SLOWER, 300),
 }
-NONE = Grid(blocks=(), per_step=(), factors=(), nats=(), random=())
 
 
 class Table:
@@ -127,21 +133,15 @@ def main() -> None:
         ]
         for kind, (_, _, words, n) in KINDS.items()
     }
-    for place, (words, blocks) in PLACES.items():
+    for place, (words, blocks, heuristics) in PLACES.items():
         for block in blocks:
-            if place in {home for home, *_ in KINDS.values()}:
-                grid = Grid(blocks=(block,), levels=LEVELS, per_step=(1, 2), random=(1,))
-                table.measure(place, words, f"heuristics {block}", grid)
-            else:
-                table.measure(place, words, f"thresholds {block}", replace(NONE, blocks=(block,), levels=LEVELS))
-            high = replace(NONE, blocks=(block,), levels=HIGH_LEVELS)
-            table.measure(place, words, f"high thresholds {block}", high)
+            table.measure(place, words, f"heuristics {block}", replace(heuristics, blocks=(block,)))
             for kind, own in runs.items():
                 at_home = KINDS[kind][:2] == (place, block)
                 for run in own if at_home else own[:1]:
-                    grid = replace(NONE, planners=(str(run),), planner_blocks=(block,))
-                    told = replace(grid, alphas=TOLD if at_home else ELSEWHERE)
-                    table.measure(place, words, f"{run.name} {block}", told)
+                    told = TOLD if at_home else ELSEWHERE
+                    grid = replace(NONE, levels=(), planners=(str(run),), planner_blocks=(block,), alphas=told)
+                    table.measure(place, words, f"{run.name} {block}", grid)
     for kind, (place, block, *_) in KINDS.items():
         whole = block == max(PLACES[place][1])
         table.summary[kind] = compared(table.settings[place]["rows"], kind, block, whole=whole)
@@ -150,7 +150,10 @@ def main() -> None:
     for place in dict.fromkeys(place for place, *_ in KINDS.values()):
         home = tuple(f"planner {kind}_" for kind, (where, *_) in KINDS.items() if where == place)
         rows = [r for r in table.settings[place]["rows"] if r["kind"].startswith(home) or "planner" not in r["kind"]]
-        plot({**table.settings[place], "rows": rows}, arguments.plot.with_name(f"{arguments.plot.name}_{place}.png"))
+        plot(
+            {**table.settings[place], "rows": rows},
+            arguments.plot.with_name(f"{arguments.plot.name}_{place.replace(' ', '_')}.png"),
+        )
 
 
 def show(summary: dict[str, Any]) -> None:
