@@ -1,12 +1,12 @@
 """Planner alone, denoiser alone and both in one run on the shipped model: held-out exact rate against denoiser calls.
 
-python benchmarks/joint.py [--arms NAME ...] [--seeds 3] [--steps 40] [--problems 256] [--json FILE]
+python benchmarks/joint.py [--arms NAME ...] [--seeds 3] [--steps 80] [--problems 256] [--json FILE]
 
-Each arm is `joint_tiny` on 4x4 sudoku with what it does not train left out: the same batches, updates and full
-diffusion. The denoiser alone rolls out by a confidence threshold; a planner alone sees the likeliest tokens, as its own
-recipe has it. Every arm is decoded greedily on the same held-out problems, planners at several trade-offs, the denoiser
-at several thresholds. Finished runs are read from the result file, so that an interrupted benchmark goes on where it
-stopped.
+Each arm is `joint_tiny` with what it does not train left out: the same batches, updates and full diffusion. The
+denoiser alone rolls out by a confidence threshold, a low one, at which it errs; a planner alone sees the likeliest
+tokens, as its own recipe has it. Every arm is decoded greedily on the same held-out problems, planners at several
+trade-offs, the denoiser at several thresholds. Finished runs are read from the result file, so that an interrupted
+benchmark goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -20,13 +20,10 @@ from common import mean_and_error, save, side_by_side, side_by_side_arguments, u
 
 from unmask.rl.bench_policies import Grid, bench_policies
 
-RECIPE, CANVAS = "joint_tiny", 48
-ALPHAS, LEVELS = (0.3, 1.0, 3.0), (0.5, 0.7, 0.9)
-# Sudoku, since chains of operations are decoded by thresholds as well as by one token a step; without blocks, in which
-# thresholds solve hardly any.
-COMMON = ["task={name: sudoku, clues: [6, 12]}", "rewards=[{name: sudoku, weight: 1.0}]", f"rollout.canvas={CANVAS}"]
-COMMON += ["rollout.prompts=8", "planner.expert={levels: [0.6, 0.9], warmup: 6}", "evaluation.problems=16"]
-THRESHOLD = "{schedule: {name: whole, per_step: 1}, score: confidence, selection: {name: threshold, level: 0.7}}"
+RECIPE, CANVAS = "joint_tiny", 64
+ALPHAS, LEVELS = (0.3, 1.0, 3.0), (0.3, 0.5, 0.9)
+COMMON = ["rollout.prompts=8", "evaluation.problems=16"]
+THRESHOLD = "{schedule: {name: whole, per_step: 1}, score: confidence, selection: {name: threshold, level: 0.3}}"
 ARMS: dict[str, list[str]] = {
     "planner": [
         *("method=unmask_policy", "model.lora=null", "rollout.temperature=0.0"),
@@ -142,7 +139,7 @@ def show(runs: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run what is missing, print the table, write the results."""
-    arguments = side_by_side_arguments(__doc__, "joint", tuple(ARMS), called="arms", steps=40).parse_args()
+    arguments = side_by_side_arguments(__doc__, "joint", tuple(ARMS), called="arms", steps=80).parse_args()
 
     def keep(runs: list[dict[str, Any]], base: dict[str, Any]) -> None:
         result = {"runs": runs, "rows": table(runs), "compared": compared(runs), "problems": arguments.problems}
