@@ -1,6 +1,6 @@
 """Planner alone, denoiser alone and both in one run on the shipped model: held-out exact rate against denoiser calls.
 
-python benchmarks/joint.py [--arms NAME ...] [--seeds 3] [--steps 80] [--problems 256] [--json FILE]
+python benchmarks/joint.py [--arms NAME ...] [--seeds 3] [--steps 60] [--problems 256] [--json FILE]
 
 Each arm is `joint_tiny` with what it does not train left out: the same batches, updates and full diffusion. The
 denoiser alone rolls out by a confidence threshold, a low one, at which it errs; a planner alone sees the likeliest
@@ -139,7 +139,7 @@ def show(runs: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run what is missing, print the table, write the results."""
-    arguments = side_by_side_arguments(__doc__, "joint", tuple(ARMS), called="arms", steps=80).parse_args()
+    arguments = side_by_side_arguments(__doc__, "joint", tuple(ARMS), called="arms", steps=60).parse_args()
 
     def keep(runs: list[dict[str, Any]], base: dict[str, Any]) -> None:
         result = {"runs": runs, "rows": table(runs), "compared": compared(runs), "problems": arguments.problems}
