@@ -15,6 +15,7 @@ from unmask.policies.loading import load_denoiser
 from unmask.recipes.crosschecks import check_data
 from unmask.recipes.loading import load_recipe, parse_recipe
 from unmask.recipes.registry import RecipeError
+from unmask.rl import cli
 
 RL = """
 name: base
@@ -406,17 +407,41 @@ COMMANDS: list[tuple[list[str], list[str]]] = [
 
 
 @pytest.mark.parametrize(("arguments", "says"), [pytest.param(a, s, id=" ".join(a)) for a, s in COMMANDS])
-def test_command(arguments: list[str], says: list[str], tmp_path: Path) -> None:
+def test_command(
+    arguments: list[str],
+    says: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "mine.yaml").write_text(RL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["unmask", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    output, errors = capsys.readouterr()
+    assert (ended.value.code, output) == (2, ""), errors
+    check_refusal(errors, says, tmp_path)
+
+
+def test_command_in_a_process_of_its_own(tmp_path: Path) -> None:
+    arguments, says = COMMANDS[0]
     (tmp_path / "mine.yaml").write_text(RL)
     command = [sys.executable, "-m", "unmask.rl.cli", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, ""), run.stderr
-    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
+    check_refusal(run.stderr, says, tmp_path)
+
+
+def check_refusal(errors: str, says: list[str], folder: Path) -> None:
+    """Assert one line that says so, and that nothing was written."""
+    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
     for fragment in says:
-        assert fragment in run.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
-    assert (tmp_path / "mine.yaml").read_text() == RL
+        assert fragment in errors
+    assert [path.name for path in folder.iterdir()] == ["mine.yaml"]
+    assert (folder / "mine.yaml").read_text() == RL
 
 
 # --- What only shows at run time: weights, prompts that are too long, NaN, a full disk. -----------------------------
