@@ -1,11 +1,10 @@
 """UPO on 4x4 sudoku with the shipped model: learned orders of one position a step against max-confidence and random.
 
-python benchmarks/upo.py [--seeds 3] [--steps 60] [--problems 256] [--folder DIR] [--json FILE] [KEY.PATH=VALUE ...]
+python benchmarks/upo.py [--seeds 3] [--steps 60] [--problems 512] [--folder DIR] [--json FILE] [KEY.PATH=VALUE ...]
 
-The recipe `upo_sudoku` with batches of 64 rollouts, a planner a seed, the denoiser frozen, on a canvas that the answers
-fill and on a longer one. All orders decode the same held-out problems greedily, one position a step; a planner nearly
-always takes its likeliest one (logits divided by 0.05). Runs that `--folder` holds are not trained again, and what the
-result file holds of a canvas is not measured again.
+The recipe `upo_sudoku` with batches of 64 rollouts, a planner a seed, the denoiser frozen. All orders decode the same
+held-out problems greedily, one position a step; a planner nearly always takes its likeliest one (logits divided by
+0.05). Runs that `--folder` holds are not trained again.
 """
 
 from __future__ import annotations
@@ -15,15 +14,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, by_folder, held, mean_and_error, paired_gain, save, trained
+from common import RESULTS, by_folder, mean_and_error, paired_gain, save, trained
 
 from unmask.rl.bench_policies import Grid, bench_policies
 
-RECIPE = "upo_sudoku"
-COMMON = ["rollout.prompts=8", "objective.inner_steps=2", "optim.lr=1.0e-3", "optim.schedule=cosine"]
-COMMON += ["evaluation.problems=8"]
-# Canvases, and words of theirs: answers have 42 tokens, the end of the text included.
-CANVASES: dict[int, list[str]] = {44: [], 64: ["planner.expert={levels: [1.0], warmup: 4}"]}
+RECIPE, CANVAS = "upo_sudoku", 44
+COMMON = [f"rollout.canvas={CANVAS}", "rollout.prompts=8", "objective.inner_steps=2", "optim.lr=1.0e-3"]
+COMMON += ["optim.schedule=cosine", "evaluation.problems=8"]
 
 
 def curve(run: Path) -> list[float]:
@@ -42,16 +39,22 @@ def compared(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def measured(canvas: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train the planners of a canvas and return what all orders solve there."""
-    words = [f"rollout.canvas={canvas}", *arguments.overrides]
-    knobs = [*COMMON, *CANVASES[canvas], *words, f"optim.steps={arguments.steps}"]
+def main() -> None:
+    """Train what is missing, decode, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--problems", type=int, default=512)
+    parser.add_argument("--folder", type=Path, default=Path("runs/upo_sudoku_seeds"))
+    parser.add_argument("--json", type=Path, default=RESULTS / "upo.json")
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    words = [*COMMON, f"optim.steps={arguments.steps}", *arguments.overrides]
     runs = [
-        trained(arguments.folder, RECIPE, f"canvas_{canvas}_{seed}", f"run.seed={seed}", *knobs)
-        for seed in range(arguments.seeds)
+        trained(arguments.folder, RECIPE, f"seed_{seed}", f"run.seed={seed}", *words) for seed in range(arguments.seeds)
     ]
     grid = Grid(
-        blocks=(canvas,),
+        blocks=(CANVAS,),
         levels=(),
         per_step=(1,),
         factors=(),
@@ -61,33 +64,24 @@ def measured(canvas: int, arguments: argparse.Namespace) -> dict[str, Any]:
         alphas=(0.0,),
         temperature=0.05,
     )
-    found = bench_policies(RECIPE, grid, problems=arguments.problems, overrides=words, progress=print)
+    overrides = [f"rollout.canvas={CANVAS}", *arguments.overrides]
+    found = bench_policies(RECIPE, grid, problems=arguments.problems, overrides=overrides, progress=print)
     rows = by_folder(found["rows"])
-    about = {name: found[name] for name in ("task", "n", "temperature")} | {"steps": arguments.steps, "words": knobs}
-    return {**about, "rows": rows, "compared": compared(rows), "curves": [curve(run) for run in runs]}
-
-
-def main() -> None:
-    """Train what is missing, decode, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--problems", type=int, default=256)
-    parser.add_argument("--folder", type=Path, default=Path("runs/upo_sudoku_seeds"))
-    parser.add_argument("--json", type=Path, default=RESULTS / "upo.json")
-    parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
-    result = held(arguments.json)
-    for canvas in CANVASES:
-        if str(canvas) not in result:
-            result[str(canvas)] = measured(canvas, arguments)
-            save("upo", result, arguments.json, seeds={"first": 0, "count": arguments.seeds})
-        own = result[str(canvas)]["compared"]["planners"]
-        print(f"canvas {canvas}, learned orders: {own['mean']:.3f} ± {own['stderr']:.3f} (n={own['n']} seeds)")
-        for kind in ("top", "random"):
-            row = result[str(canvas)]["compared"][kind]
-            gain = row["gain"]
-            print(f"against {kind} {row['exact']:.3f}: {gain['mean']:+.3f} ± {gain['stderr']:.3f}, in pairs")
+    result = {
+        **{name: found[name] for name in ("task", "canvas", "n", "temperature")},
+        "steps": arguments.steps,
+        "common": COMMON + arguments.overrides,
+        "rows": rows,
+        "compared": compared(rows),
+        "curves": [curve(run) for run in runs],
+    }
+    own = result["compared"]["planners"]
+    print(f"learned orders: {own['mean']:.3f} ± {own['stderr']:.3f} (n={own['n']} seeds)")
+    for kind in ("top", "random"):
+        row = result["compared"][kind]
+        gain = row["gain"]
+        print(f"against {kind} {row['exact']:.3f}: {gain['mean']:+.3f} ± {gain['stderr']:.3f}, in pairs")
+    print(f"wrote {save('upo', result, arguments.json, seeds={'first': 0, 'count': arguments.seeds})}")
 
 
 if __name__ == "__main__":
