@@ -3,10 +3,10 @@
 python benchmarks/joint.py [--arms NAME ...] [--seeds 3] [--steps 60] [--problems 256] [--json FILE]
 
 Each arm is `joint_tiny` with what it does not train left out: the same batches, updates and full diffusion. The
-denoiser alone rolls out by a confidence threshold, a low one, at which it errs; a planner alone sees the likeliest
-tokens, as its own recipe has it. Every arm is decoded greedily on the same held-out problems, planners at several
-trade-offs, the denoiser at several thresholds. Finished runs are read from the result file, so that an interrupted
-benchmark goes on where it stopped.
+denoiser alone rolls out by a confidence threshold of 0.9, and of 0.3; a planner alone sees the likeliest tokens, as its
+own recipe has it. Every arm is decoded greedily on the same held-out problems, planners at several trade-offs, the
+denoiser at several thresholds. Finished runs are read from the result file, so that an interrupted benchmark goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -23,15 +23,22 @@ from unmask.rl.bench_policies import Grid, bench_policies
 RECIPE, CANVAS = "joint_tiny", 64
 ALPHAS, LEVELS = (0.3, 1.0, 3.0), (0.3, 0.5, 0.9)
 COMMON = ["rollout.prompts=8", "evaluation.problems=16"]
-THRESHOLD = "{schedule: {name: whole, per_step: 1}, score: confidence, selection: {name: threshold, level: 0.3}}"
+ALONE = ["planner=null", "objective.actions=[tokens]", "evaluation.sampler=null"]
+
+
+def threshold(level: float) -> str:
+    """Return the word that rolls out by a threshold."""
+    selection = f"{{name: threshold, level: {level}}}"
+    return f"rollout.sampler={{schedule: {{name: whole, per_step: 1}}, score: confidence, selection: {selection}}}"
+
+
 ARMS: dict[str, list[str]] = {
     "planner": [
         *("method=unmask_policy", "model.lora=null", "rollout.temperature=0.0"),
         *("planner.lr=null", "optim.lr=1.0e-3"),
     ],
-    "denoiser": [
-        *("planner=null", "objective.actions=[tokens]", f"rollout.sampler={THRESHOLD}", "evaluation.sampler=null"),
-    ],
+    "denoiser": [*ALONE, threshold(0.9)],
+    "denoiser_low": [*ALONE, threshold(0.3)],
     "joint": [],
 }
 
@@ -68,7 +75,7 @@ def decoded(arm: str, trained: str, problems: int) -> list[dict[str, Any]]:
         factors=(),
         nats=(),
         random=(),
-        planners=() if arm == "denoiser" else (trained,),
+        planners=() if arm.startswith("denoiser") else (trained,),
         alphas=ALPHAS,
     )
     found = bench_policies(trained, grid, problems=problems, overrides=["run.seed=0"])["rows"]
@@ -105,7 +112,7 @@ def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             own = {entry["seed"]: _reward(entry, row, alpha) for entry in runs if entry["arm"] == row["arm"]}
             if row["arm"] not in rewards or sum(own.values()) > sum(rewards[row["arm"]].values()):
                 rewards[row["arm"]] = own
-        halves = [arm for arm in ("planner", "denoiser") if arm in rewards]
+        halves = [arm for arm in rewards if arm != "joint"]
         if "joint" not in rewards or not halves:
             continue
         better = max(halves, key=lambda arm: sum(rewards[arm].values()) / len(rewards[arm]))
@@ -123,11 +130,11 @@ def _reward(entry: dict[str, Any], like: dict[str, Any], alpha: float) -> float:
 
 def show(runs: list[dict[str, Any]]) -> None:
     """Print the table and the comparison."""
-    print(f"{'arm':9} {'decoded by':12} {'knob':>5} {'exact':>15} {'NFE':>14}  reward at alpha {ALPHAS}")
+    print(f"{'arm':12} {'decoded by':12} {'knob':>5} {'exact':>15} {'NFE':>14}  reward at alpha {ALPHAS}")
     for row in table(runs):
         exact, nfe = (f"{row[k]['mean']:.3f} ± {row[k]['stderr']:.3f}" for k in ("exact", "nfe"))
         rewards = "  ".join(f"{row['reward'][f'{alpha:g}']['mean']:.3f}" for alpha in ALPHAS)
-        print(f"{row['arm']:9} {row['kind']:12} {row['knob']:5g} {exact:>15} {nfe:>14}  {rewards}")
+        print(f"{row['arm']:12} {row['kind']:12} {row['knob']:5g} {exact:>15} {nfe:>14}  {rewards}")
     for row in compared(runs):
         gain = row["gain"]
         means = ", ".join(f"{arm} {value['mean']:.3f}" for arm, value in row["reward"].items())
