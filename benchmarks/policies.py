@@ -1,6 +1,6 @@
 """Learned unmasking policies on the shipped model against heuristics, and what they do elsewhere than in training.
 
-python benchmarks/policies.py [--seeds 3] [--problems 512] [--folder DIR] [--json FILE] [--plot STEM]
+python benchmarks/policies.py [--seeds 3] [--problems 512] [--places NAME ...] [--folder DIR] [--json FILE]
 
 The recipe `unmask_policy_tiny` (the denoiser frozen) on chains of operations, on the same in blocks of 32, on a canvas
 of 128, which the model was not made for, and on sudoku: a planner a seed, each told five trade-offs. All decode the
@@ -36,8 +36,8 @@ LONGER = ["task={name: arithmetic, operations: [8, 9]}", "rollout.canvas=80"]
 # Where policies are used: words that change the recipe, the canvas (which stands for no blocks) and blocks, and what
 # is tried there besides thresholds.
 USUAL = Grid(blocks=(), levels=LEVELS, per_step=(1, 4), random=(4,))
-FAST = replace(USUAL, per_step=(4,))  # one a step would be 128 calls a problem
-NONE = replace(USUAL, per_step=(), factors=(), nats=(), random=())
+FAST = replace(USUAL, per_step=(), random=())  # one a step would be 128 calls a problem
+NONE = replace(FAST, levels=(0.5, 0.9, 0.99), factors=(), nats=())
 PLACES: dict[str, tuple[list[str], tuple[int, ...], Grid]] = {
     "chains": ([], (64, 32), USUAL),
     "wide chains": (WIDE, (128,), FAST),
@@ -59,6 +59,7 @@ class Table:
     def __init__(self, path: Path, problems: int, seeds: int, overrides: list[str]) -> None:
         self.path, self.problems, self.seeds, self.overrides = path, problems, seeds, overrides
         self.settings: dict[str, dict[str, Any]] = held(path).get("settings", {})
+        self.measured: set[str] = set()
         self.summary: dict[str, Any] = {}
 
     def measure(self, setting: str, words: list[str], part: str, grid: Grid) -> None:
@@ -71,10 +72,13 @@ class Table:
         have |= {name: found[name] for name in ("target", "task", "canvas", "n")}
         have["parts"].append(part)
         have["rows"] += by_folder(found["rows"])
+        self.measured.add(setting)
         self.save()
 
     def save(self) -> Path:
-        """Write what there is."""
+        """Write what there is, beside what other processes have written of other settings."""
+        own = {name: self.settings[name] for name in self.measured}
+        self.settings = self.settings | held(self.path).get("settings", {}) | own
         result = {"settings": self.settings, "common": COMMON + self.overrides, **self.summary}
         return save("policies", result, self.path, seeds={"first": 0, "count": self.seeds})
 
@@ -120,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--problems", type=int, default=512)
+    parser.add_argument("--places", nargs="+", default=list(PLACES), choices=list(PLACES), help="to measure now")
     parser.add_argument("--folder", type=Path, default=Path("runs/policies"))
     parser.add_argument("--json", type=Path, default=RESULTS / "policies.json")
     parser.add_argument("--plot", type=Path, default=RESULTS / "policies", help="the pictures' names, without place")
@@ -133,7 +138,8 @@ def main() -> None:
         ]
         for kind, (_, _, words, n, most) in KINDS.items()
     }
-    for place, (words, blocks, heuristics) in PLACES.items():
+    for place in arguments.places:
+        words, blocks, heuristics = PLACES[place]
         for block in blocks:
             table.measure(place, words, f"heuristics {block}", replace(heuristics, blocks=(block,)))
             for kind, own in runs.items():
@@ -142,12 +148,13 @@ def main() -> None:
                     told = TOLD if at_home else ELSEWHERE
                     grid = replace(NONE, levels=(), planners=(str(run),), planner_blocks=(block,), alphas=told)
                     table.measure(place, words, f"{run.name} {block}", grid)
-    for kind, (place, block, *_) in KINDS.items():
+    kinds = {kind: where for kind, where in KINDS.items() if where[0] in arguments.places}
+    for kind, (place, block, *_) in kinds.items():
         whole = block == max(PLACES[place][1])
         table.summary[kind] = compared(table.settings[place]["rows"], kind, block, whole=whole)
     show(table.summary)
     print(f"wrote {table.save()}")
-    for place in dict.fromkeys(place for place, *_ in KINDS.values()):
+    for place in dict.fromkeys(place for place, *_ in kinds.values()):
         home = tuple(f"planner {kind}_" for kind, (where, *_) in KINDS.items() if where == place)
         rows = [r for r in table.settings[place]["rows"] if r["kind"].startswith(home) or "planner" not in r["kind"]]
         plot(
