@@ -100,26 +100,25 @@ def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return for each trade-off the joint run's reward minus that of its better half, paired by seed.
 
-    A planner decodes at the trade-off that it is told; of the denoiser's thresholds the best of these results counts.
+    Each arm decodes at the knob, what its planner is told or its threshold, that earns most on the mean of its seeds.
     """
     found = []
     for alpha in ALPHAS:
-        rewards: dict[str, dict[int, float]] = {}
+        best: dict[str, tuple[float, dict[int, float]]] = {}
         for row in table(runs):
-            told_another = row["kind"] == "planner" and row["knob"] != alpha
-            if told_another or (row["arm"], row["kind"]) == ("joint", "threshold"):
+            if (row["arm"], row["kind"]) == ("joint", "threshold"):
                 continue
             own = {entry["seed"]: _reward(entry, row, alpha) for entry in runs if entry["arm"] == row["arm"]}
-            if row["arm"] not in rewards or sum(own.values()) > sum(rewards[row["arm"]].values()):
-                rewards[row["arm"]] = own
-        halves = [arm for arm in rewards if arm != "joint"]
-        if "joint" not in rewards or not halves:
+            if row["arm"] not in best or sum(own.values()) > sum(best[row["arm"]][1].values()):
+                best[row["arm"]] = row["knob"], own
+        means = {arm: mean_and_error(list(own.values())) | {"knob": knob} for arm, (knob, own) in best.items()}
+        halves = [arm for arm in best if arm != "joint"]
+        if "joint" not in best or not halves:
             continue
-        better = max(halves, key=lambda arm: sum(rewards[arm].values()) / len(rewards[arm]))
-        seeds = sorted(rewards["joint"].keys() & rewards[better].keys())
-        gains = [rewards["joint"][seed] - rewards[better][seed] for seed in seeds]
-        means = {arm: mean_and_error(list(values.values())) for arm, values in rewards.items()}
-        found.append({"alpha": alpha, "better_half": better, "reward": means, "gain": mean_and_error(gains)})
+        better = max(halves, key=lambda arm: means[arm]["mean"])
+        joint, half = best["joint"][1], best[better][1]
+        gain = mean_and_error([joint[seed] - half[seed] for seed in sorted(joint.keys() & half.keys())])
+        found.append({"alpha": alpha, "better_half": better, "reward": means, "gain": gain})
     return found
 
 
