@@ -166,22 +166,7 @@ class Planning:
         low, high = self.alpha
         if low == high:
             return torch.full(rollout_id_B.shape, float(self.learner.price), device=rollout_id_B.device)
-        return (math.log(low) + self._share(rollout_id_B, batch) * math.log(high / low)).exp().float()
-
-    def thresholds(self, rollout_id_B: Tensor, batch: int) -> Tensor:
-        """Return the threshold of each rollout of a warm-up: the levels in turn in a group, or `by_alpha`."""
-        level_E = torch.tensor(self.levels, device=rollout_id_B.device)
-        if not self.by_alpha:
-            return level_E[rollout_id_B % self.group % len(level_E)]
-        place_B = self._share(rollout_id_B, batch).float() * (len(level_E) - 1)
-        below_B = place_B.long()
-        above_B = (below_B + 1).clamp(max=len(level_E) - 1)
-        return torch.lerp(level_E.logit()[below_B], level_E.logit()[above_B], place_B - below_B).sigmoid()
-
-    def _share(self, rollout_id_B: Tensor, batch: int) -> Tensor:
-        # Advantages compare the rollouts of a group at one trade-off; imitation compares none.
-        alone = self.by_alpha and 0 <= batch < self.warmup
-        return uniform(self.seed, "alpha", batch, rollout_id_B if alone else rollout_id_B // self.group)
+        return (math.log(low) + _share(self, rollout_id_B, batch) * math.log(high / low)).exp().float()
 
     def credit(self, batch: RolloutBatch, number: int) -> Tensor:
         """Return the rewards with speed in them, and move the trade-off where calls have a target."""
@@ -306,10 +291,28 @@ class Planning:
         return planner.save(directory, alpha=list(self.alpha), price=float(self.learner.price), **notes)
 
 
+def thresholds(planning: Planning, rollout_id_B: Tensor, batch: int) -> Tensor:
+    """Return the threshold of each rollout of a warm-up: the levels in turn in a group, or `by_alpha`."""
+    level_E = torch.tensor(planning.levels, device=rollout_id_B.device)
+    if not planning.by_alpha:
+        return level_E[rollout_id_B % planning.group % len(level_E)]
+    place_B = _share(planning, rollout_id_B, batch).float() * (len(level_E) - 1)
+    below_B = place_B.long()
+    above_B = (below_B + 1).clamp(max=len(level_E) - 1)
+    return torch.lerp(level_E.logit()[below_B], level_E.logit()[above_B], place_B - below_B).sigmoid()
+
+
+def _share(planning: Planning, rollout_id_B: Tensor, batch: int) -> Tensor:
+    """Return where in its range the trade-off of each rollout lies, by its logarithm."""
+    # Advantages compare the rollouts of a group at one trade-off; imitation compares none.
+    alone = planning.by_alpha and 0 <= batch < planning.warmup
+    return uniform(planning.seed, "alpha", batch, rollout_id_B if alone else rollout_id_B // planning.group)
+
+
 def _level(planning: Planning, state: State) -> Tensor:
     """Return the threshold of the rows that the expert drives, NaN elsewhere; an evaluation has none."""
     if 0 <= state.step < planning.warmup:
-        return planning.thresholds(state.rollout_id_A, state.step)
+        return thresholds(planning, state.rollout_id_A, state.step)
     table_E = torch.tensor(planning.levels, device=state.step_A.device)
     place_A = state.rollout_id_A % planning.group
     first = planning.group - planning.experts

@@ -20,7 +20,7 @@ from unmask.policies.planner_distributions import Categorical
 from unmask.recipes.loading import parse_recipe
 from unmask.recipes.registry import RecipeError
 from unmask.rl import orders
-from unmask.rl.planning import Planning
+from unmask.rl.planning import Planning, thresholds
 from unmask.rl.planscores import final_labels
 from unmask.rl.speed import multiplicative
 from unmask.rl.surrogates import ppo_clip
@@ -179,7 +179,7 @@ def test_a_warm_up_by_alpha_has_a_threshold_a_trade_off() -> None:
         assert len(set(alpha_B.tolist())) == 400, "each rollout has its own"
         place_B = np.log(alpha_B / low) / np.log(high / low)
         odds_B = np.interp(place_B, [0, 0.5, 1], [math.log(level / (1 - level)) for level in levels])
-        found_B = planning.thresholds(id_B, batch).double().numpy()
+        found_B = thresholds(planning, id_B, batch).double().numpy()
         np.testing.assert_allclose(found_B, 1 / (1 + np.exp(-odds_B)), atol=2e-6)
         assert found_B.min() < 0.55 and found_B.max() > 0.965
     plain = planning_of(levels=tuple(levels), warmup=2, alpha=(low, high))
@@ -191,7 +191,7 @@ def test_rollouts_of_a_warm_up_by_alpha_are_the_thresholds(denoiser: Denoiser) -
     planning = planning_of(levels=(0.99, 0.1), warmup=1, by_alpha=True, alpha=(0.5, 2.0))
     made, _ = roll(denoiser, planning)
     assert len(made.steps_B.unique()) > 1, "thresholds of several speeds"
-    level_B = planning.thresholds(torch.arange(ROWS), 0)
+    level_B = thresholds(planning, torch.arange(ROWS), 0)
     for row in range(ROWS):
         section = {"schedule": SECTION["schedule"], "selection": {"name": "threshold", "level": level_B[row].item()}}
         prompt_BQ = torch.full((1, 1), row // GROUP + 40)
