@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--places", nargs="+", default=list(PLACES), choices=list(PLACES), help="to measure now")
     parser.add_argument("--folder", type=Path, default=Path("runs/policies"))
     parser.add_argument("--json", type=Path, default=RESULTS / "policies.json")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "policies", help="the pictures' names, without place")
+    parser.add_argument("--plot", type=Path, default=RESULTS / "policies", help="the pictures' names, without kind")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     table = Table(arguments.json, arguments.problems, arguments.seeds, arguments.overrides)
@@ -154,13 +154,10 @@ def main() -> None:
         table.summary[kind] = compared(table.settings[place]["rows"], kind, block, whole=whole)
     show(table.summary)
     print(f"wrote {table.save()}")
-    for place in dict.fromkeys(place for place, *_ in kinds.values()):
-        home = tuple(f"planner {kind}_" for kind, (where, *_) in KINDS.items() if where == place)
-        rows = [r for r in table.settings[place]["rows"] if r["kind"].startswith(home) or "planner" not in r["kind"]]
-        plot(
-            {**table.settings[place], "rows": rows},
-            arguments.plot.with_name(f"{arguments.plot.name}_{place.replace(' ', '_')}.png"),
-        )
+    for kind, (place, block, *_) in kinds.items():
+        rows = [row for row in table.settings[place]["rows"] if row["block"] == block]
+        rows = [row for row in rows if row["kind"].startswith(f"planner {kind}_") or "planner" not in row["kind"]]
+        plot({**table.settings[place], "rows": rows}, arguments.plot.with_name(f"{arguments.plot.name}_{kind}.png"))
 
 
 def show(summary: dict[str, Any]) -> None:
