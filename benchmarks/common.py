@@ -98,23 +98,23 @@ def side_by_side(
     arguments: argparse.Namespace,
     *,
     key: str,
-    run: Callable[[str, int], dict[str, Any]],
-    keep: Callable[[list[dict[str, Any]], dict[str, Any]], Any],
-    before: Callable[[int], dict[str, Any]] | None = None,
+    run: Callable[[str, int, argparse.Namespace], dict[str, Any]],
+    keep: Callable[[list[dict[str, Any]], dict[str, Any], argparse.Namespace], Any],
+    before: Callable[[int, argparse.Namespace], dict[str, Any]] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return a run of each arm and seed, and by seed what `before` says; those that the result file holds are not made.
 
-    An entry names its arm by `key`, its `seed` and its `steps`. Whatever is new goes to `keep(runs, base)` at once.
+    An entry names its arm by `key`, its `seed` and its `steps`. `keep` is told of whatever is new at once.
     """
     runs, base = (held(arguments.json).get(name, empty) for name, empty in (("runs", []), ("base", {})))
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         if before is not None and str(seed) not in base:
-            base[str(seed)] = before(seed)
+            base[str(seed)] = before(seed, arguments)
         done = {(entry[key], entry["seed"], entry["steps"]) for entry in runs}
         for arm in arguments.arms:
             if (arm, seed, arguments.steps) not in done:
-                runs.append(run(arm, seed))
+                runs.append(run(arm, seed, arguments))
                 rates = f"{base[str(seed)]['exact']:.3f} -> {runs[-1]['after']:.3f} " if base else ""
                 print(f"{arm} seed {seed}: {rates}in {runs[-1]['wall_s']:.0f} s", flush=True)
-                keep(runs, base)
+                keep(runs, base, arguments)
     return runs, base

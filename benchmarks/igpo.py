@@ -25,20 +25,20 @@ SHARES = ("zero_share", "exact", "failed_before", "failed_after", "first_exact")
 ARMS: dict[str, list[str]] = {"igpo": [], "grpo": ["exploration.hints=null"]}
 
 
-def before(seed: int, problems: int, overrides: list[str]) -> dict[str, Any]:
+def before(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the held-out result that both arms of a seed start from."""
     with tempfile.TemporaryDirectory() as name:
-        words = [*COMMON, f"run.seed={seed}", *overrides, "--problems", str(problems)]
+        words = [*COMMON, f"run.seed={seed}", *arguments.overrides, "--problems", str(arguments.problems)]
         return unmask(Path(name), "evaluate", RECIPE, *words)
 
 
-def run(arm: str, seed: int, steps: int, problems: int, overrides: list[str]) -> dict[str, Any]:
+def run(arm: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train once, evaluate, and return what results and metrics say."""
     with tempfile.TemporaryDirectory() as name:
-        folder, words = Path(name), [*COMMON, *ARMS[arm], f"run.seed={seed}", f"optim.steps={steps}"]
+        folder, words = Path(name), [*COMMON, *ARMS[arm], f"run.seed={seed}", f"optim.steps={arguments.steps}"]
         small = ["evaluation.problems=8", f"run.directory={folder}"]
-        summary = unmask(folder, "train", RECIPE, *words, *small, *overrides)
-        after = unmask(folder, "evaluate", str(folder / RECIPE), "--problems", str(problems))
+        summary = unmask(folder, "train", RECIPE, *words, *small, *arguments.overrides)
+        after = unmask(folder, "evaluate", str(folder / RECIPE), "--problems", str(arguments.problems))
         records = [json.loads(line) for line in (folder / RECIPE / "metrics.jsonl").open()]
     batches = [record for record in records if "rollout/nfe" in record]
     kept = {"zero_share": "advantage/zero_share", "exact": "outcome/ok"}
@@ -48,7 +48,7 @@ def run(arm: str, seed: int, steps: int, problems: int, overrides: list[str]) ->
     return {
         "arm": arm,
         "seed": seed,
-        "steps": steps,
+        "steps": arguments.steps,
         "after": after["exact"],
         "n": after["n"],
         **{short: [batch[long] for batch in batches] for short, long in kept.items()},
@@ -119,13 +119,7 @@ def main() -> None:
     parser = side_by_side_arguments(__doc__, "igpo", tuple(ARMS), called="arms", steps=40)
     parser.add_argument("--plot", type=Path, default=RESULTS / "igpo.png")
     arguments = parser.parse_args()
-    runs, base = side_by_side(
-        arguments,
-        key="arm",
-        run=lambda arm, seed: run(arm, seed, arguments.steps, arguments.problems, arguments.overrides),
-        keep=lambda runs, base: keep(runs, base, arguments),
-        before=lambda seed: before(seed, arguments.problems, arguments.overrides),
-    )
+    runs, base = side_by_side(arguments, key="arm", run=run, keep=keep, before=before)
     for arm, row in keep(runs, base, arguments).items():
         gain, idle = row["gain"], row["zero_share"]
         print(

@@ -11,6 +11,7 @@ where it stopped.
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -43,19 +44,20 @@ ARMS: dict[str, list[str]] = {
 }
 
 
-def run(arm: str, seed: int, steps: int, problems: int, overrides: list[str]) -> dict[str, Any]:
+def run(arm: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train once in a process of its own and return what the metrics say, and how the result decodes."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [*COMMON, *overrides, *ARMS[arm], f"run.seed={seed}", f"optim.steps={steps}", f"run.directory={folder}"]
+        words = [*COMMON, *arguments.overrides, *ARMS[arm], f"run.seed={seed}", f"optim.steps={arguments.steps}"]
+        words += [f"run.directory={folder}"]
         wall_s = unmask(Path(folder), "train", RECIPE, *words)["wall_s"]
         trained = Path(folder) / RECIPE
         records = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
-        rows = decoded(arm, str(trained), problems)
+        rows = decoded(arm, str(trained), arguments.problems)
     batches = [record for record in records if "rollout/nfe" in record]
     return {
         "arm": arm,
         "seed": seed,
-        "steps": steps,
+        "steps": arguments.steps,
         "rows": rows,
         "reward": [record["reward/total"] for record in batches],
         "nfe": [record["rollout/nfe"] for record in batches],
@@ -143,21 +145,19 @@ def show(runs: list[dict[str, Any]]) -> None:
         )
 
 
+def keep(runs: list[dict[str, Any]], base: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Write what has been run so far."""
+    result = {"runs": runs, "rows": table(runs), "compared": compared(runs), "problems": arguments.problems}
+    result |= {"common": COMMON, "arms": ARMS, "overrides": arguments.overrides}
+    save("joint", result, arguments.json, seeds={"first": arguments.first, "count": arguments.seeds})
+
+
 def main() -> None:
     """Run what is missing, print the table, write the results."""
     arguments = side_by_side_arguments(__doc__, "joint", tuple(ARMS), called="arms", steps=60).parse_args()
 
-    def keep(runs: list[dict[str, Any]], base: dict[str, Any]) -> None:
-        result = {"runs": runs, "rows": table(runs), "compared": compared(runs), "problems": arguments.problems}
-        result |= {"common": COMMON, "arms": ARMS, "overrides": arguments.overrides}
-        save("joint", result, arguments.json, seeds={"first": arguments.first, "count": arguments.seeds})
-
-    runs, _ = side_by_side(
-        arguments,
-        key="arm",
-        run=lambda arm, seed: run(arm, seed, arguments.steps, arguments.problems, arguments.overrides),
-        keep=keep,
-    )
+    runs, base = side_by_side(arguments, key="arm", run=run, keep=keep)
+    keep(runs, base, arguments)
     show(runs)
     print(f"wrote {arguments.json}")
 

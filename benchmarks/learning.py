@@ -32,28 +32,34 @@ BUDGET: dict[str, str] = {
 COMMON = ["rollout.prompts=8", "rollout.group=8", "run.log_rollouts_every=0"]
 
 
-def before(seed: int, problems: int, overrides: list[str]) -> dict[str, Any]:
+def before(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the held-out result that every method of a seed starts from."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["quickstart", f"run.seed={seed}", *COMMON, *overrides, "--problems", str(problems)]
+        words = ["quickstart", f"run.seed={seed}", *COMMON, *arguments.overrides, "--problems", str(arguments.problems)]
         return unmask(Path(folder), "evaluate", *words)
 
 
-def run(method: str, seed: int, steps: int, problems: int, overrides: list[str]) -> dict[str, Any]:
+def run(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train once, evaluate, and return what results and metrics say."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         words = [f"method={method}", f"objective={{inner_steps: 2, beta: 0.0, estimator: {BUDGET[method]}}}"]
-        words += [f"run.seed={seed}", f"optim.steps={steps}", f"run.directory={folder}", *COMMON, *overrides]
+        words += [
+            f"run.seed={seed}",
+            f"optim.steps={arguments.steps}",
+            f"run.directory={folder}",
+            *COMMON,
+            *arguments.overrides,
+        ]
         # The run's own two evaluations are kept small: one of the trained model follows, one of the base is shared.
         summary = unmask(folder, "train", "quickstart", *words, "evaluation.problems=8")
-        after = unmask(folder, "evaluate", str(folder / "quickstart"), "--problems", str(problems))
+        after = unmask(folder, "evaluate", str(folder / "quickstart"), "--problems", str(arguments.problems))
         records = [json.loads(line) for line in (folder / "quickstart" / "metrics.jsonl").open()]
     nfe = [record["rollout/nfe"] for record in records if "rollout/nfe" in record]
     return {
         "method": method,
         "seed": seed,
-        "steps": steps,
+        "steps": arguments.steps,
         "after": after["exact"],
         "n": after["n"],
         "reward": [record["reward/total"] for record in records if "reward/total" in record],
@@ -115,13 +121,7 @@ def main() -> None:
     parser = side_by_side_arguments(__doc__, "learning", tuple(BUDGET), called="methods", steps=16)
     parser.add_argument("--plot", type=Path, default=RESULTS / "learning.png")
     arguments = parser.parse_args()
-    runs, base = side_by_side(
-        arguments,
-        key="method",
-        run=lambda method, seed: run(method, seed, arguments.steps, arguments.problems, arguments.overrides),
-        keep=lambda runs, base: keep(runs, base, arguments),
-        before=lambda seed: before(seed, arguments.problems, arguments.overrides),
-    )
+    runs, base = side_by_side(arguments, key="method", run=run, keep=keep, before=before)
     rows = keep(runs, base, arguments)
     for method, row in rows.items():
         gain = row["gain"]

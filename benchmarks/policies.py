@@ -29,7 +29,7 @@ COMMON = ["evaluation.problems=64"]
 BLOCKS_32 = ["rollout.sampler.schedule={name: blocks, size: 32, per_step: 1}"]
 BLOCKS_32 += ["planner.expert={levels: [0.999, 0.97], block: 32, by_alpha: true, warmup: 12}"]
 SUDOKU = ["task={name: sudoku, clues: [6, 12]}", "rewards=[{name: sudoku, weight: 1.0}]", "rollout.canvas=48"]
-# Batches of twice the size and a third of the rate: at 1e-3 the noise drives it to two calls, and to few right ones.
+# Batches of twice the size and a third of the rate.
 SLOWER = ["planner.expert={levels: [0.97, 0.5], by_alpha: true, warmup: 30}", "rollout.prompts=16", "optim.lr=3e-4"]
 WIDE = ["rollout.canvas=128"]
 LONGER = ["task={name: arithmetic, operations: [8, 9]}", "rollout.canvas=80"]
@@ -60,7 +60,7 @@ class Table:
         self.path, self.problems, self.seeds, self.overrides = path, problems, seeds, overrides
         self.settings: dict[str, dict[str, Any]] = held(path).get("settings", {})
         self.measured: set[str] = set()
-        self.summary: dict[str, Any] = {}
+        self.summary: dict[str, Any] = held(path).get("summary", {})
 
     def measure(self, setting: str, words: list[str], part: str, grid: Grid) -> None:
         """Add a grid's rows to a setting unless its part is there."""
@@ -79,7 +79,7 @@ class Table:
         """Write what there is, beside what other processes have written of other settings."""
         own = {name: self.settings[name] for name in self.measured}
         self.settings = self.settings | held(self.path).get("settings", {}) | own
-        result = {"settings": self.settings, "common": COMMON + self.overrides, **self.summary}
+        result = {"settings": self.settings, "common": COMMON + self.overrides, "summary": self.summary}
         return save("policies", result, self.path, seeds={"first": 0, "count": self.seeds})
 
 

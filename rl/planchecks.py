@@ -26,6 +26,8 @@ def check_choices(planning: Planning) -> None:
         raise RecipeError(
             "planner.expert.by_alpha: log-odds of levels follow a range of alpha; use [low, high], and levels below 1."
         )
+    if planning.by_alpha and not planning.warmup:
+        raise RecipeError("planner.expert.by_alpha: spreads thresholds in the warm-up; give expert.warmup, or drop it.")
     experts, group = planning.experts, planning.group
     if experts >= group:
         raise RecipeError(f"planner.expert.levels: {experts} of {group} rollouts leave the planner none.")

@@ -32,8 +32,6 @@ def build_planning(recipe: Recipe, denoiser: Any) -> Planning | None:
         read = load_planner(section.path, fingerprint=fingerprint)
         planner = Planner(read.spec, read.network, fingerprint)
     planner.network.to(denoiser.device)
-    expert = section.expert
-    steering = {} if expert is None else expert.model_dump() | {"levels": tuple(expert.levels)}
     return Planning(
         planner,
         surrogate=SLOTS["surrogate"].build(recipe.objective.surrogate),
@@ -44,7 +42,7 @@ def build_planning(recipe: Recipe, denoiser: Any) -> Planning | None:
         order=None if section.order is None else SLOTS["order"].build(section.order),
         ratio_limit=recipe.objective.ratio_limit,
         **{name: getattr(section, name) for name in ("target_nfe", "dual_rate", "pull", "entropy", "chunk")},
-        **steering,
+        **_expert(section),
     )
 
 
@@ -95,7 +93,6 @@ def check_planning(recipe: Recipe) -> None:
     taking = sampler.remasking is not None and sampler.remasking["name"] == "planned"
     if section.path is None and fake.spec.remasks != taking:
         raise RecipeError(f"rollout.sampler.remasking: {WITHOUT if fake.spec.remasks else WITH}")
-    expert = section.expert
     Planning(
         fake,
         surrogate=SLOTS["surrogate"].build(recipe.objective.surrogate),
@@ -104,11 +101,7 @@ def check_planning(recipe: Recipe) -> None:
         alpha=_range(section.alpha),
         target_nfe=section.target_nfe,
         order=None if section.order is None else SLOTS["order"].build(section.order),
-        levels=() if expert is None else tuple(expert.levels),
-        block=None if expert is None else expert.block,
-        by_alpha=expert is not None and expert.by_alpha,
-        labels="choices" if expert is None else expert.labels,
-        steering="none" if expert is None else expert.steering,
+        **_expert(section),
     )
 
 
@@ -155,6 +148,12 @@ def _hidden(section: PlannerSection, width: int) -> int:
     """Return the width of the hidden states that a new planner reads of a denoiser with states of `width`; 0: none."""
     pools = section.distribution == "blocks" and section.past > 0
     return width if pools or section.network == "hidden" else 0
+
+
+def _expert(section: PlannerSection) -> dict[str, Any]:
+    """Return what an objective is told of its expert."""
+    expert = section.expert
+    return {} if expert is None else expert.model_dump() | {"levels": tuple(expert.levels)}
 
 
 def _range(alpha: float | tuple[float, float]) -> tuple[float, float]:

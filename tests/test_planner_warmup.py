@@ -223,6 +223,7 @@ def test_the_order_of_the_k_best_by_hand() -> None:
         ({"distribution": "categorical"}, {"levels": (0.5,), "labels": "final"}, "teaches each position alone"),
         ({"distribution": "categorical", "shortlist": 3}, {"levels": (0.5,), "block": 4}, "drop expert.block"),
         ({}, {"levels": (0.9, 0.5), "by_alpha": True}, r"use \[low, high\]"),
+        ({}, {"levels": (0.9, 0.5), "by_alpha": True, "alpha": (0.5, 2.0)}, "give expert.warmup"),
         ({}, {"levels": (1.0, 0.5), "by_alpha": True, "alpha": (0.5, 2.0)}, "levels below 1"),
         ({"shortlist": 3}, {}, "categorical choices"),
         ({"network": "hidden"}, {}, "as many numbers a position"),
