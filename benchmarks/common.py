@@ -49,7 +49,8 @@ def save(
     """Write `result` with a manifest to `path`, or to benchmarks/results/NAME.json."""
     target = path or RESULTS / f"{name}.json"
     record = {"benchmark": name, "result": result, "manifest": manifest(device=device, dtype=dtype, seeds=seeds)}
-    write_json(target, json.loads(json.dumps(record)))
+    # The error of a single value is no number, which JSON has no word for but null.
+    write_json(target, json.loads(json.dumps(record), parse_constant=lambda word: None))
     return target
 
 

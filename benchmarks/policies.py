@@ -152,7 +152,7 @@ def main() -> None:
     for kind, (place, block, *_) in kinds.items():
         whole = block == max(PLACES[place][1])
         table.summary[kind] = compared(table.settings[place]["rows"], kind, block, whole=whole)
-    show(table.summary)
+    show({kind: table.summary[kind] for kind in kinds})
     print(f"wrote {table.save()}")
     for kind, (place, block, *_) in kinds.items():
         rows = [row for row in table.settings[place]["rows"] if row["block"] == block]
