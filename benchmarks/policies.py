@@ -3,10 +3,10 @@
 python benchmarks/policies.py [--seeds 3] [--problems 512] [--places NAME ...] [--folder DIR] [--json FILE]
 
 The recipe `unmask_policy_tiny` (the denoiser frozen) on chains of operations, on the same in blocks of 32, on a canvas
-of 128, longer than any that the model was trained on, and on sudoku: a planner a seed, each told five trade-offs. All decode the
-same held-out problems greedily. The first planner of each kind is used in the places of the others besides, and on
-longer chains: the table of transfers. Runs that `--folder` holds are not trained again, and rows that the result file
-holds are not measured again.
+of 128, longer than any that the model was trained on, and on sudoku: a planner a seed, each told five trade-offs. All
+decode the same held-out problems greedily. The first planner of each kind is used in the places of the others besides,
+and on longer chains: the table of transfers. Runs that `--folder` holds are not trained again, and rows that the result
+file holds are not measured again.
 """
 
 from __future__ import annotations
